@@ -1,0 +1,135 @@
+"""The architecture of a RAFT model, and the few numbers of its loss, as a Hugging Face configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class RaftConfig(PreTrainedConfig):
+    """Configuration of `RaftForOpticalFlow`: the large model by default, the small one from `RaftConfig.small()`.
+
+    Both are the published architectures (Teed & Deng 2020, section 3 and its supplement).
+
+    Args:
+        feature_dim: Channels of the features that are correlated.
+        hidden_dim: Channels of the recurrent state.
+        context_dim: Channels of the context that every update reads.
+        encoder_block: `"residual"` (two 3x3 convolutions) or `"bottleneck"` (1x1, 3x3, 1x1).
+        encoder_widths: Channels of the encoders' stem and of their three stages (strides 1, 2, 2).
+        feature_norm: Normalisation in the feature encoder: `"instance"`, `"batch"` or `"none"`.
+        context_norm: Normalisation in the context encoder, likewise.
+        corr_levels: Levels of the correlation pyramid; each halves the resolution of frame 2.
+        corr_radius: The lookup reads a window of (2 * radius + 1)**2 correlations on every level.
+        motion_corr_widths: Channels of the convolutions over the correlations: a 1x1, then 3x3 ones.
+        motion_flow_widths: Channels of the convolutions over the flow: a 7x7, then a 3x3.
+        motion_dim: Channels of the motion features, the two of the flow itself included.
+        gru_kernels: (height, width) of the kernel of each convolutional GRU, in the order they run.
+        flow_head_dim: Channels inside the head that predicts the flow's change.
+        convex_upsampling: Upsample by learnt convex combinations (section 3.3), else bilinearly.
+        num_flow_updates: Updates of the flow when `forward` is not told otherwise.
+        loss_gamma: Decay of the sequence loss's weights towards earlier predictions.
+        loss_max_flow: Pixels that move farther than this (px) are left out of the loss.
+        dropout: Probability of dropping a whole channel of the encoders' output while training.
+        freeze_batch_norm: Keep BatchNorm's running statistics fixed while training. Its affine weights still train.
+        correlation: How correlations are computed: `"dense"` (all pairs, once per frame pair), or `"auto"`: the
+            best there is, today always dense.
+    """
+
+    model_type = "raft"
+    attribute_map = {"hidden_size": "hidden_dim"}
+
+    feature_dim: int = 256
+    hidden_dim: int = 128
+    context_dim: int = 128
+    encoder_block: str = "residual"
+    encoder_widths: list[int] | tuple[int, ...] = (64, 64, 96, 128)
+    feature_norm: str = "instance"
+    context_norm: str = "batch"
+    corr_levels: int = 4
+    corr_radius: int = 4
+    motion_corr_widths: list[int] | tuple[int, ...] = (256, 192)
+    motion_flow_widths: list[int] | tuple[int, ...] = (128, 64)
+    motion_dim: int = 128
+    gru_kernels: list[list[int]] | tuple[tuple[int, int], ...] = ((1, 5), (5, 1))
+    flow_head_dim: int = 256
+    convex_upsampling: bool = True
+    num_flow_updates: int = 12
+    loss_gamma: float | int = 0.8
+    loss_max_flow: float | int = 400.0
+    dropout: float | int = 0.0
+    freeze_batch_norm: bool = False
+    correlation: str = "auto"
+
+    @classmethod
+    def small(cls, **overrides) -> "RaftConfig":
+        """The published small model (990,162 parameters), with `overrides` of any field."""
+        small = {
+            "feature_dim": 128,
+            "hidden_dim": 96,
+            "context_dim": 64,
+            "encoder_block": "bottleneck",
+            "encoder_widths": [32, 32, 64, 96],
+            "context_norm": "none",
+            "corr_radius": 3,
+            "motion_corr_widths": [96],
+            "motion_flow_widths": [64, 32],
+            "motion_dim": 82,
+            "gru_kernels": [[3, 3]],
+            "flow_head_dim": 128,
+            "convex_upsampling": False,
+        }
+        return cls(**{**small, **overrides})
+
+    def __post_init__(self, **kwargs):
+        # JSON knows no tuples: with lists throughout, a configuration equals itself after saving and loading.
+        self.encoder_widths = list(self.encoder_widths)
+        self.motion_corr_widths = list(self.motion_corr_widths)
+        self.motion_flow_widths = list(self.motion_flow_widths)
+        self.gru_kernels = [list(kernel) for kernel in self.gru_kernels]
+        super().__post_init__(**kwargs)
+
+    def validate_choices(self):
+        """Refuse a word that names no variant."""
+        choices = {
+            "encoder_block": ("residual", "bottleneck"),
+            "feature_norm": ("instance", "batch", "none"),
+            "context_norm": ("instance", "batch", "none"),
+            "correlation": ("auto", "dense"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+
+    def validate_sizes(self):
+        """Refuse sizes that no network can be built from."""
+        for name in ("feature_dim", "hidden_dim", "context_dim", "corr_levels", "flow_head_dim", "num_flow_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.corr_radius < 0:
+            raise ValueError(f"corr_radius must not be negative; got {self.corr_radius}")
+        if self.motion_dim < 3:
+            raise ValueError(f"motion_dim counts the two channels of the flow, so at least 3; got {self.motion_dim}")
+        lengths = {"encoder_widths": 4, "motion_flow_widths": 2}
+        for name, length in lengths.items():
+            if len(getattr(self, name)) != length:
+                raise ValueError(f"{name} needs {length} entries; got {getattr(self, name)}")
+        for name in ("encoder_widths", "motion_corr_widths", "motion_flow_widths"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must hold positive numbers; got {getattr(self, name)}")
+        if self.encoder_block == "bottleneck" and any(width % 4 for width in self.encoder_widths[1:]):
+            raise ValueError(f"bottleneck blocks need encoder_widths divisible by 4; got {self.encoder_widths}")
+        if self.encoder_widths[0] != self.encoder_widths[1]:
+            raise ValueError(f"the first stage keeps the stem's width; got encoder_widths {self.encoder_widths}")
+        if not self.gru_kernels or any(
+            len(kernel) != 2 or not all(k % 2 for k in kernel) for kernel in self.gru_kernels
+        ):
+            raise ValueError(f"gru_kernels must hold pairs of odd numbers; got {self.gru_kernels}")
+
+    def validate_numbers(self):
+        """Refuse a dropout or loss that means nothing."""
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+        if not self.loss_gamma > 0:
+            raise ValueError(f"loss_gamma must be positive; got {self.loss_gamma}")
+        if not self.loss_max_flow > 0:
+            raise ValueError(f"loss_max_flow must be positive; got {self.loss_max_flow}")

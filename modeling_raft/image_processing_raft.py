@@ -1,0 +1,164 @@
+"""Pairs of images to the model's input, and its output back to flow at the images' size."""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import is_valid_image
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+GRID = 8  # the model wants multiples of this
+
+
+class RaftImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    height_padding (`str`, *optional*, defaults to `self.height_padding`):
+        `"split"`: half of the padding above the image and half below, as published for Sintel; `"bottom"`: all of it
+        below, as for KITTI. The width's padding is always split.
+    min_size (`int`, *optional*, defaults to `self.min_size`):
+        Images are padded to at least this height and width, in pixels.
+    """
+
+    height_padding: str
+    min_size: int
+
+
+class RaftImageProcessor(TorchvisionBackend):
+    """Pairs of images to `pixel_values`: RGB, [-1, 1], edges repeated until both sides are multiples of 8.
+
+    The padding is that of princeton-vl/RAFT (`InputPadder` of core/utils/utils.py).
+    """
+
+    valid_kwargs = RaftImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+    do_convert_rgb = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    do_pad = True
+    height_padding = "split"
+    min_size = 64  # the smallest that a model with 4 correlation levels takes
+
+    def __init__(self, **kwargs: Unpack[RaftImageProcessorKwargs]):
+        super().__init__(**kwargs)  # type: ignore[misc]  # the base class is annotated with its own options only
+        _check_height_padding(self.height_padding)
+
+    def preprocess(self, images: Any, **kwargs: Unpack[RaftImageProcessorKwargs]) -> BatchFeature:
+        """Prepare one or several pairs.
+
+        Args:
+            images: `[frame1, frame2]`, or a list of such pairs. A frame is a PIL image, a path, or an array or tensor
+                `(H, W, 3)`, `(3, H, W)` or `(H, W)` of 0..255. Arrays `(2, ...)` and `(B, 2, ...)` of frames work too.
+            kwargs: Options that differ from the processor's own, and `return_tensors="pt"`.
+
+        Returns:
+            `pixel_values` `(B, 2, 3, H, W)` float32 in [-1, 1].
+
+        Raises:
+            ValueError: No pairs, or images of different sizes.
+        """
+        return super().preprocess(images, **kwargs)
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
+        """All frames in one list: frame 1 and 2 of the first pair, then of the next."""
+        images = self.fetch_images(_as_lists(images))
+        pairs = (
+            [images] if isinstance(images, list) and not any(isinstance(image, list) for image in images) else images
+        )
+        if not isinstance(pairs, list) or not pairs:
+            raise ValueError("images must be a pair [frame1, frame2] or a list of such pairs")
+        for pair in pairs:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(is_valid_image(image) for image in pair):
+                raise ValueError(
+                    "images must be a pair [frame1, frame2] or a list of such pairs; "
+                    f"got a list of {len(pair) if isinstance(pair, list) else type(pair).__name__}"
+                )
+        return [image for pair in pairs for image in pair]
+
+    def _preprocess(  # type: ignore[override]  # only the options that this processor has
+        self,
+        images: list[Tensor],
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | list[float],
+        image_std: float | list[float],
+        do_pad: bool,
+        height_padding: str,
+        min_size: int,
+        return_tensors: Any,
+        **kwargs,
+    ) -> BatchFeature:
+        _check_height_padding(height_padding)
+        sizes = {tuple(image.shape[-2:]) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(f"all images of a batch must have one size (height, width); got {sorted(sizes)}")
+        processed = [
+            self.rescale_and_normalize(image[None], do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+            for image in images
+        ]
+        if do_pad:
+            height, width = sizes.pop()
+            padding = image_padding(height, width, height_padding, min_size)
+            processed = [F.pad(image, padding, mode="replicate") for image in processed]
+        pairs = [torch.cat(processed[i : i + 2]) for i in range(0, len(processed), 2)]  # each (2, 3, H, W)
+        return BatchFeature(data={"pixel_values": pairs}, tensor_type=return_tensors)
+
+    def post_process_optical_flow(self, outputs: Any, target_sizes: Any = None) -> list[dict[str, Tensor]]:
+        """Take the padding off the flow.
+
+        Args:
+            outputs: `RaftOutput`, its flow `(B, 2, H, W)`.
+            target_sizes: (height, width) of each pair's images before they were padded; None: keep the padding.
+
+        Returns:
+            For each pair `{"flow": (2, height, width)}` in pixels.
+
+        Raises:
+            ValueError: Not one size for each pair, or a size that this processor does not pad to that of the flow.
+        """
+        flow = outputs.flow
+        if target_sizes is None:
+            return [{"flow": pair_flow} for pair_flow in flow]
+        if len(target_sizes) != len(flow):
+            raise ValueError(
+                f"target_sizes must hold one (height, width) a pair, {len(flow)}; got {len(target_sizes)}"
+            )
+        results = []
+        for pair_flow, size in zip(flow, target_sizes, strict=True):
+            height, width = (int(side) for side in size)
+            left, right, top, bottom = image_padding(height, width, self.height_padding, self.min_size)
+            padded = (top + height + bottom, left + width + right)
+            if padded != tuple(pair_flow.shape[-2:]):
+                raise ValueError(
+                    f"images of {height} x {width} are padded to {padded[0]} x {padded[1]}, "
+                    f"but the flow is {pair_flow.shape[-2]} x {pair_flow.shape[-1]}"
+                )
+            results.append({"flow": pair_flow[:, top : top + height, left : left + width]})
+        return results
+
+
+def image_padding(height: int, width: int, height_padding: str, min_size: int) -> tuple[int, int, int, int]:
+    """Pixels to add (left, right, top, bottom) so that both sides are multiples of 8 and at least `min_size`."""
+    extra_height = -(-max(height, min_size) // GRID) * GRID - height
+    extra_width = -(-max(width, min_size) // GRID) * GRID - width
+    top = extra_height // 2 if height_padding == "split" else 0
+    return extra_width // 2, extra_width - extra_width // 2, top, extra_height - top
+
+
+def _as_lists(entry: Any) -> Any:
+    """Tuples and arrays of several frames as lists, paths as strings; a frame as it is."""
+    if isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) > 3:
+        return [_as_lists(inner) for inner in entry]
+    return os.fspath(entry) if isinstance(entry, os.PathLike) else entry
+
+
+def _check_height_padding(height_padding: str) -> None:
+    if height_padding not in ("split", "bottom"):
+        raise ValueError(f"height_padding must be 'split' or 'bottom'; got {height_padding!r}")

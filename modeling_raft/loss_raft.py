@@ -1,0 +1,42 @@
+"""The loss RAFT is trained with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sequence_loss(
+    flow_predictions: Sequence[Tensor],
+    labels: Tensor,
+    valid: Tensor | None = None,
+    gamma: float = 0.8,
+    max_flow: float = 400.0,
+) -> Tensor:
+    """L1 distance of every prediction to the truth, later ones weighing more (paper section 3.4, equation 7).
+
+    The mean is taken over all elements, invalid ones included, as the published training does: sparse truth gives a
+    smaller loss, and the mean over equal parts of a batch is the mean over the batch.
+
+    Args:
+        flow_predictions: N tensors `(B, 2, H, W)` in pixels, first update first.
+        labels: `(B, 2, H, W)`, true flow in pixels. Where it is not valid it may hold anything, NaN too.
+        valid: `(B, H, W)` bool, or numbers of which those >= 0.5 are valid; None: everywhere.
+        gamma: Prediction i of N weighs `gamma ** (N - 1 - i)`.
+        max_flow: Pixels that move this far or farther, in pixels, are left out.
+
+    Returns:
+        A scalar: the weighted sum over the predictions.
+    """
+    mask = torch.linalg.vector_norm(labels, dim=1) < max_flow  # False for NaN
+    if valid is not None:
+        mask = mask & (valid if valid.dtype == torch.bool else valid >= 0.5)
+    mask = mask[:, None]
+    # Labels go first: 0 * NaN is NaN, in the loss and in its gradient.
+    labels = labels.masked_fill(~mask, 0)
+
+    loss = labels.new_zeros(())
+    for i, flow_pred in enumerate(flow_predictions):
+        weight = gamma ** (len(flow_predictions) - 1 - i)
+        loss = loss + weight * ((flow_pred - labels).abs() * mask).mean()
+    return loss

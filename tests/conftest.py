@@ -1,0 +1,31 @@
+"""Where the real samples are, and the process settings that tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports the Hub's client: no test may reach for the network, or be slowed by trying.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+PROJECT = Path(__file__).resolve().parents[1]
+SHARED = PROJECT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """Folder of real pairs with ground truth; it lies beside a checkout and is never part of it."""
+    return _present(SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def sample_weights() -> Path:
+    """Folder of original checkpoints, likewise."""
+    return _present(SHARED / "weights")
+
+
+def _present(folder: Path) -> Path:
+    if not folder.is_dir():
+        pytest.skip(f"the sample files are not there: {folder.relative_to(PROJECT.parent)}")
+    return folder
