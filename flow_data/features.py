@@ -1,0 +1,193 @@
+"""The columns of a flow data set, and one decoded sample.
+
+`OpticalFlow` is a column type of `datasets`, as `datasets.Image` is for pictures: rows hold a path or the bytes of a
+flow file and are decoded only when they are looked at. A program that does not import this module cannot read a data
+set whose published schema names it, so publish plain `{"bytes": binary, "path": string}` columns and
+`cast_column("flow", OpticalFlow())` after loading.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+from datasets import Features, Image, Value
+from datasets.features.features import register_feature
+
+from flow_data.flow_io import decode_flow, encode_flow, read_flow
+
+
+@dataclass
+class OpticalFlow:
+    """Column of flow files, decoded lazily.
+
+    Args:
+        decode: give `{"flow", "valid"}` arrays; False gives the stored `{"bytes", "path"}`.
+    """
+
+    decode: bool = True
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "dict"
+    pa_type: ClassVar[Any] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    _type: str = field(default="OpticalFlow", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: str | os.PathLike[str] | Mapping[str, Any] | tuple) -> dict[str, Any]:
+        """Bring one value into the form that is stored.
+
+        Args:
+            value: path of a flow file; its `{"bytes", "path"}`, where the path's suffix tells the format and `.flo` is
+                assumed without a path; or the flow itself, as `(flow, valid)` or `{"flow", "valid"}` with
+                `(H, W, 2)` float32 pixels and `(H, W)` bool or None.
+
+        Returns:
+            `{"bytes", "path"}`; arrays become the bytes of a `.flo` file.
+
+        Raises:
+            ValueError: none of these, or arrays of wrong shape or type.
+        """
+        if isinstance(value, str):
+            return {"bytes": None, "path": value}
+        if isinstance(value, os.PathLike):
+            return {"bytes": None, "path": os.path.abspath(value)}
+        if isinstance(value, tuple) and len(value) == 2:
+            return {"bytes": encode_flow(*value, ".flo"), "path": None}
+        if isinstance(value, Mapping) and "flow" in value:
+            return {"bytes": encode_flow(value["flow"], value.get("valid"), ".flo"), "path": None}
+        if isinstance(value, Mapping) and not (value.get("bytes") is None and value.get("path") is None):
+            return {"bytes": value.get("bytes"), "path": value.get("path")}
+        raise ValueError(f"expected a path, a dict with 'bytes' or 'path', or (flow, valid), received {value!r:.200}")
+
+    def decode_example(
+        self, value: Mapping[str, Any], token_per_repo_id: dict[str, str | bool | None] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Decode one stored value.
+
+        Args:
+            value: `{"bytes", "path"}`. Bytes win; a path is a local file.
+            token_per_repo_id: part of the interface of `datasets`, not used.
+
+        Returns:
+            `{"flow": (H, W, 2) float32, "valid": (H, W) bool}` in pixels, flow 0 where it is unknown.
+
+        Raises:
+            RuntimeError: decoding is switched off.
+            ValueError: neither bytes nor path, or a damaged file.
+            OSError: the file cannot be read.
+        """
+        if not self.decode:
+            raise RuntimeError("decoding is switched off: cast the column to OpticalFlow(decode=True)")
+        if "flow" in value:
+            return dict(value)  # idempotent, as datasets.Image is
+        data, path = value["bytes"], value["path"]
+        if data is None and path is None:
+            raise ValueError("expected 'bytes' or 'path' of a flow file, received neither")
+        flow, valid = read_flow(path) if data is None else decode_flow(data, path or "bytes.flo")
+        return {"flow": flow, "valid": valid}
+
+    def cast_storage(self, storage: pa.Array) -> pa.StructArray:
+        """Cast an Arrow column to the stored form.
+
+        Args:
+            storage: paths (string), structs with "bytes", "path" or both, or structs of nested lists "flow" and
+                "valid" (what `Dataset.map` makes of decoded values; `encode_example` in its function is faster).
+
+        Returns:
+            Structs `{"bytes": binary, "path": string}`; null stays null.
+        """
+        if pa.types.is_struct(storage.type) and storage.type.get_field_index("flow") >= 0:
+            storage = pa.array([None if row is None else self._encode_lists(**row) for row in storage.to_pylist()])
+        elif pa.types.is_struct(storage.type):
+            names = {storage.type.field(i).name for i in range(storage.type.num_fields)}
+            if not names & {"bytes", "path"}:
+                raise ValueError(f"expected a column with 'bytes' or 'path', received one with {sorted(names)}")
+        elif not any(kind(storage.type) for kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
+            raise ValueError(f"expected a column of paths or of 'bytes' and 'path', received {storage.type}")
+        return Image().cast_storage(storage)  # the stored form is the same
+
+    def embed_storage(self, storage: pa.StructArray, **options: Any) -> pa.StructArray:
+        """Read the files into the column, so that Parquet is self-contained; of a path the base name remains.
+
+        Args:
+            storage: structs `{"bytes", "path"}`.
+            options: `token_per_repo_id`, `local_files`, `remote_files`, as for `datasets.Image`.
+
+        Returns:
+            Structs `{"bytes", "path"}`.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        return Image().embed_storage(storage, **options)
+
+    def flatten(self) -> "OpticalFlow | dict[str, Value]":
+        """The feature itself, or its stored columns when decoding is switched off."""
+        return self if self.decode else {"bytes": Value("binary"), "path": Value("string")}
+
+    def _encode_lists(self, flow: list, valid: list | None = None) -> dict[str, Any]:
+        mask = None if valid is None else np.array(valid, bool)
+        return self.encode_example((np.array(flow, np.float32), mask))
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # datasets calls register_feature experimental, on every import
+    register_feature(OpticalFlow, "OpticalFlow")
+
+FLOW_FEATURES = Features({"id": Value("string"), "image1": Image(), "image2": Image(), "flow": OpticalFlow()})
+
+
+class FlowSample(NamedTuple):
+    """One image pair with its flow, as numpy arrays.
+
+    Args:
+        image1: `(H, W, 3)` uint8, RGB.
+        image2: `(H, W, 3)` uint8, RGB.
+        flow: `(H, W, 2)` float32, (x right, y down) in pixels, from image1 to image2; 0 where `valid` is False.
+        valid: `(H, W)` bool.
+    """
+
+    image1: np.ndarray
+    image2: np.ndarray
+    flow: np.ndarray
+    valid: np.ndarray
+
+
+def to_sample(row: Mapping[str, Any]) -> FlowSample:
+    """Turn a decoded row of a source into arrays.
+
+    Args:
+        row: `id`, PIL images `image1` and `image2`, and `flow` as `OpticalFlow` decodes it.
+
+    Returns:
+        The sample; grey images are repeated to three channels, an alpha channel is dropped.
+
+    Raises:
+        ValueError: without ground truth (a test split), with images that are not 8-bit, or with sizes that differ. It
+            names the row's id.
+    """
+    name = row["id"]
+    if row["flow"] is None:
+        raise ValueError(f"{name}: expected ground-truth flow, received none (is this a test split?)")
+    image1, image2 = (to_rgb(row[key], f"{name}: {key}") for key in ("image1", "image2"))
+    flow, valid = row["flow"]["flow"], row["flow"]["valid"]
+    height, width = image1.shape[:2]
+    for key, array in (("image2", image2), ("flow", flow), ("valid", valid)):
+        if array.shape[:2] != (height, width):
+            received = f"{array.shape[0]} x {array.shape[1]}"
+            raise ValueError(
+                f"{name}: expected {key} of image1's size {height} x {width} (h x w), received {received}"
+            )
+    return FlowSample(image1, image2, flow, valid)
+
+
+def to_rgb(image: PIL.Image.Image, name: str) -> np.ndarray:
+    # "I;16" and the like would be cut or clipped by Pillow's conversion, without a word.
+    if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
+        raise ValueError(f"{name}: expected an 8-bit RGB or grey image, received Pillow mode {image.mode}")
+    return np.array(image.convert("RGB"))  # a copy: np.asarray gives a read-only view
