@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class MotionEncoder(nn.Module):
-    """Correlations and current flow to motion features `(B, motion_dim, h, w)`; their last two channels are the flow."""
+    """Correlations and flow to motion features `(B, motion_dim, h, w)`, whose last two channels are the flow."""
 
     def __init__(self, config: RaftConfig):
         super().__init__()

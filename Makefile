@@ -1,0 +1,32 @@
+# Every target makes .venv and installs when needed, and again only when setup.cfg (or pyproject.toml) has changed.
+
+PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+CORES := $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: quickstart test quality style
+
+quickstart: $(INSTALLED)
+	rm -rf outputs/quickstart
+	.venv/bin/accelerate launch --num_cpu_threads_per_process $(CORES) --num_processes 1 --num_machines 1 \
+		--mixed_precision no --dynamo_backend no train_flow.py --config configs/quickstart.yaml
+	$(PYTHON) evaluate_flow.py --model outputs/quickstart --dataset synthetic \
+		--synthetic_image_size 112 144 --synthetic_displacement 3 12 --synthetic_shapes 2 6 --synthetic_num_pairs 32 \
+		--num_flow_updates 12 --output outputs/quickstart/report.json --picture outputs/quickstart/flow.png
+
+test: $(INSTALLED)
+	$(PYTHON) -m pytest
+
+quality: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+style: $(INSTALLED)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+$(INSTALLED): setup.cfg pyproject.toml
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --editable ".[test,quality]"
+	touch $(INSTALLED)

@@ -1,0 +1,115 @@
+"""Which pair comes next: a run-long order that depends on the seed alone, and the mix of sources it draws from.
+
+Positions and augmentations follow from (seed, number of the sample in the run), so they are the same in every process
+and worker, different in every epoch, and known without replaying what came before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from flow_data.features import FlowSample, to_sample
+
+MAX_NOISE = 5.0  # sigma of 255 grey levels; princeton-vl/RAFT, train.py, --add_noise
+# Streams of random numbers that must not repeat each other, told apart by a second word of the seed.
+ORDER, AUGMENTATION, NOISE_SIGMA, NOISE = range(4)
+
+
+class MixSource(NamedTuple):
+    """A source in the mix.
+
+    Args:
+        name: Of the source.
+        dataset: Its rows.
+        repeats: How often each row occurs in an epoch.
+        augment: What happens to a sample, given its random generator.
+    """
+
+    name: str
+    dataset: Any
+    repeats: int
+    augment: Callable[[FlowSample, np.random.Generator], FlowSample]
+
+
+class RunSampler(Sampler[tuple[int, int]]):
+    """Yields (sample number, position in the mix) from one sample of the run to another, over epochs.
+
+    Args:
+        epoch_length: Positions in the mix; each occurs once an epoch.
+        seed: Of the run.
+        start: Number of the first sample: 0, or where a resumed run goes on.
+        stop: Number after the last sample.
+    """
+
+    def __init__(self, epoch_length: int, seed: int, start: int, stop: int):
+        self.epoch_length, self.seed, self.start, self.stop = epoch_length, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for number in range(self.start, self.stop):
+            if number // self.epoch_length != epoch:
+                epoch = number // self.epoch_length
+                order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(self.epoch_length)
+            yield number, int(order[number % self.epoch_length])
+
+
+class TrainingPairs(Dataset):
+    """The mix: position -> augmented pair, as the model takes it.
+
+    Args:
+        sources: Their rows times repeats, one after the other, are the positions.
+        seed: Of the run.
+        noise_batch_size: Add noise whose sigma is one for each so many consecutive samples (an optimizer step's);
+            None: no noise.
+    """
+
+    def __init__(self, sources: Sequence[MixSource], seed: int, noise_batch_size: int | None = None):
+        self.sources, self.seed, self.noise_batch_size = sources, seed, noise_batch_size
+        self.ends = np.cumsum([len(source.dataset) * source.repeats for source in sources])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Load and augment one pair.
+
+        Args:
+            key: (sample number, position), as `RunSampler` yields them.
+
+        Returns:
+            `id`; `pixel_values` `(2, 3, H, W)` float32 in [-1, 1]; `labels` `(2, H, W)` float32, pixels; `valid`
+            `(H, W)` bool.
+        """
+        number, position = key
+        source_number = int(np.searchsorted(self.ends, position, side="right"))
+        source = self.sources[source_number]
+        # position - end is negative, a count backwards from the source's last row: its remainder is the row
+        row = source.dataset[(position - int(self.ends[source_number])) % len(source.dataset)]
+        sample = source.augment(to_sample(row), np.random.default_rng([self.seed, AUGMENTATION, number]))
+
+        frames = np.stack([sample.image1, sample.image2]).astype(np.float32)
+        if self.noise_batch_size is not None:
+            frames = self._add_noise(frames, number, step=number // self.noise_batch_size)
+        return {
+            "id": f"{source.name}/{row['id']}",
+            "pixel_values": torch.from_numpy(2 * (frames / 255) - 1).permute(0, 3, 1, 2).contiguous(),
+            "labels": torch.from_numpy(sample.flow).permute(2, 0, 1).contiguous(),
+            "valid": torch.from_numpy(np.ascontiguousarray(sample.valid)),
+        }
+
+    def _add_noise(self, frames: np.ndarray, number: int, step: int) -> np.ndarray:
+        sigma = np.random.default_rng([self.seed, NOISE_SIGMA, step]).uniform(0, MAX_NOISE)
+        draws = np.random.default_rng([self.seed, NOISE, number]).standard_normal(frames.shape, dtype=np.float32)
+        return np.clip(frames + np.float32(sigma) * draws, 0, 255)
+
+
+def use_one_thread(worker_id: int) -> None:
+    """For DataLoader workers: OpenCV's threads in each of them would fight for the same cores."""
+    cv2.setNumThreads(0)

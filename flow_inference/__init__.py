@@ -1,0 +1,1 @@
+"""Using a trained model: flow of images, and what to look at."""

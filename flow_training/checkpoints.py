@@ -1,0 +1,96 @@
+"""Checkpoints from which a run goes on exactly: written whole or not at all, the oldest removed last."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class RunProgress:
+    """What a run must remember beside weights, optimizer, schedule and random states.
+
+    Args:
+        num_sums: Length of the vector of sums behind the next log line.
+    """
+
+    def __init__(self, num_sums: int):
+        self.step = 0  # optimizer steps done
+        self.sums = torch.zeros(num_sums, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "sums": self.sums.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    numbered = [
+        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
+    """The folder that `--resume_from_checkpoint` means.
+
+    Args:
+        resume_from: A checkpoint's folder, or `latest`: the one of `output_dir` with the highest step.
+
+    Raises:
+        FileNotFoundError: There is none; the message says where it was looked for.
+    """
+    if resume_from == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            raise FileNotFoundError(f"resume_from_checkpoint: latest, but there is no checkpoint-* in {output_dir}")
+        return checkpoints[-1]
+    path = Path(resume_from)
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: no such folder: {path}")
+    return path
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> None:
+    """Save the state of all processes as `checkpoint-{step}`; then remove the oldest beyond `total_limit`.
+
+    It is written under another name, flushed to disk and renamed, so that a killed run leaves no half checkpoint.
+    """
+    unfinished, finished = output_dir / f"unfinished-checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    if accelerator.is_main_process and unfinished.exists():
+        shutil.rmtree(unfinished)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _flush(path)
+        if finished.exists():
+            shutil.rmtree(finished)
+        os.replace(unfinished, finished)
+        _flush(output_dir)
+        if total_limit is not None:
+            for old in list_checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
+    """Put every registered object of all processes back into the state saved in `path`."""
+    accelerator.load_state(str(path))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

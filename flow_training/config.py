@@ -1,0 +1,340 @@
+"""The settings of a run: one dataclass, filled from a YAML file and the command line, which wins."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_type_hints
+
+import numpy as np
+import yaml
+from transformers import HfArgumentParser
+
+from flow_data.sources import check_source, check_split
+from flow_data.synthetic import SyntheticOptions
+
+
+class YamlMapping(dict):
+    """A mapping; on the command line it is YAML text in quotes."""
+
+    def __init__(self, value: Any = ()):
+        loaded = yaml.safe_load(value) if isinstance(value, str) else dict(value)
+        if not isinstance(loaded, dict):
+            raise argparse.ArgumentTypeError(f"expected a mapping like '{{name: value}}'; got {value!r}")
+        super().__init__(loaded)
+
+
+class YamlValue:
+    """Any YAML value, from its text."""
+
+    def __new__(cls, text: str) -> Any:
+        return yaml.safe_load(text)
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of the configuration, and its flag's help."""
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help} | metadata)
+    return dataclasses.field(default=default, metadata={"help": help} | metadata)
+
+
+@dataclasses.dataclass
+class TrainingConfig:
+    """Every setting of a run. Keys of the YAML file and flags are the same words; recipes live in configs/."""
+
+    output_dir: str = dataclasses.field(metadata={"help": "Folder for weights, logs and checkpoints."})
+    train_mix: YamlMapping = dataclasses.field(
+        metadata={
+            "help": "Source -> how often its pairs occur in an epoch, e.g. '{sintel_clean: 100, kitti_2015: 200}'."
+        }
+    )
+
+    # data
+    data_root: str = option("datasets", "Folder that holds the data sets' folders.")
+    train_split: str | None = option(
+        None, "Split of every source; default: each one's training split. 'all': all pairs."
+    )
+    crop_size: list[int] = option([384, 512], "Height and width of training crops, multiples of 8.")
+    zoom_range: list[YamlValue] = option(
+        [-0.2, 0.5],
+        "Range of the random zoom, log2: two numbers, or '{default: [lo, hi], SOURCE: [lo, hi]}'.",
+    )
+    flip: bool = option(True, "Flip pairs at random.")
+    add_noise: bool = option(False, "Add Gaussian noise to both frames, sigma uniform in [0, 5] of 255 grey levels.")
+    dataloader_num_workers: int = option(4, "Processes that prepare pairs, for each training process.")
+    synthetic_image_size: list[int] = option(
+        list(SyntheticOptions().image_size), "Height and width of synthetic pairs."
+    )
+    synthetic_displacement: list[float] = option(
+        list(SyntheticOptions().displacement), "Range of a synthetic pair's mean flow, pixels."
+    )
+    synthetic_shapes: list[int] = option(list(SyntheticOptions().shapes), "Range of the number of moving shapes.")
+    synthetic_textures: str | None = option(None, "Folder of pictures to cut textures from; default: made up.")
+    synthetic_num_pairs: int = option(20000, "Different synthetic pairs in the training split.")
+    synthetic_validation_pairs: int = option(64, "Pairs in the synthetic validation split.")
+
+    # model
+    model_name_or_path: str | None = option(None, "Weights to start from: a folder, a repository id, or a .pth file.")
+    model_size: Literal["large", "small"] = option("large", "Model to start from scratch.")
+    config_overrides: YamlMapping = option(YamlMapping(), "Fields of RaftConfig, for a model from scratch.")
+    freeze_batch_norm: bool = option(False, "Keep BatchNorm's running statistics fixed.")
+    gradient_checkpointing: bool = option(False, "Recompute updates in the backward pass to save memory.")
+
+    # recipe
+    max_train_steps: int = option(100000, "Optimizer steps.")
+    total_batch_size: int = option(6, "Pairs per optimizer step, over all processes.")
+    per_device_train_batch_size: int | None = option(
+        None, "Pairs per forward pass of a process; default: total_batch_size / processes. The rest is accumulation."
+    )
+    learning_rate: float = option(2e-5, "Highest learning rate of the one-cycle schedule.")
+    weight_decay: float = option(5e-5, "Weight decay of AdamW.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this global norm.")
+    num_flow_updates: int = option(12, "Flow updates of the model while training.")
+    gamma: float = option(0.8, "Decay of the sequence loss's weights towards earlier predictions.")
+    max_flow: float = option(400.0, "Pixels that move farther than this are left out of the loss.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Precision of the forward pass; default: what accelerate launch was given, else no."
+    )
+    seed: int = option(1234, "Of the weights, the order of the pairs and their augmentation.")
+
+    # watching and keeping
+    logging_steps: int = option(100, "A line in train_log.jsonl every so many steps.")
+    report_to: Literal["tensorboard", "none"] = option("tensorboard", "Where else figures go.")
+    validation_sets: list[str] = option([], "SOURCE or SOURCE:SPLIT, each by its published protocol.")
+    validation_steps: int = option(5000, "Validate every so many steps, and at the end.")
+    checkpointing_steps: int = option(5000, "Save a checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = option(None, "Keep only so many newest checkpoints; default: all.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or 'latest' of output_dir.")
+
+    # Hub
+    push_to_hub: bool = option(False, "Push the final model to the Hub.")
+    hub_model_id: str | None = option(None, "Repository user/name; default: output_dir's name, of the token's user.")
+    hub_token: str | None = option(None, "Token to push with; default: the one you logged in with.")
+    hub_private_repo: bool = option(False, "Make the repository private if it is new.")
+
+    def __post_init__(self) -> None:
+        for source, repeats in self.train_mix.items():
+            check_source(source)
+            if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+                raise ValueError(f"train_mix: {source} needs a whole number of at least 1; got {repeats!r}")
+            if self.train_split is not None:
+                check_split(source, self.train_split)
+        if not self.train_mix:
+            raise ValueError("train_mix is empty; it maps sources to repeats, e.g. {flying_chairs: 1}")
+        for entry in self.validation_sets:
+            source, split = split_validation_set(entry)
+            check_source(source)
+            if split is not None:
+                check_split(source, split)
+        self._check_ranges()
+        self._check_numbers()
+
+    def _check_ranges(self) -> None:
+        parsed: Any = self.zoom_range
+        if len(parsed) == 1 and isinstance(parsed, list) and isinstance(parsed[0], dict):  # the flag's mapping
+            self.zoom_range = parsed[0]  # type: ignore[assignment]
+        for source in self.zoom_ranges():
+            if source != "default":
+                check_source(source)
+        for source in self.train_mix:
+            self.zoom_range_of(source)
+        for name in ("crop_size", "synthetic_image_size"):
+            size = getattr(self, name)
+            if len(size) != 2 or min(size) < 8 or (name == "crop_size" and any(side % 8 for side in size)):
+                raise ValueError(f"{name} must be a height and a width, multiples of 8; got {size}")
+        for name, lowest in (("synthetic_displacement", 0), ("synthetic_shapes", 0)):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or not lowest <= bounds[0] <= bounds[1]:
+                raise ValueError(f"{name} must be a range, lowest first, of at least {lowest}; got {bounds}")
+
+    def _check_numbers(self) -> None:
+        at_least = {
+            "max_train_steps": 1,
+            "total_batch_size": 1,
+            "per_device_train_batch_size": 1,
+            "num_flow_updates": 1,
+            "logging_steps": 1,
+            "validation_steps": 1,
+            "checkpointing_steps": 1,
+            "checkpoints_total_limit": 1,
+            "synthetic_num_pairs": 1,
+            "synthetic_validation_pairs": 1,
+            "dataloader_num_workers": 0,
+            "seed": 0,
+            "weight_decay": 0,
+        }
+        for name, lowest in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise ValueError(f"{name} must be at least {lowest}; got {value}")
+        for name in ("learning_rate", "max_grad_norm", "gamma", "max_flow"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.model_name_or_path is not None and self.config_overrides:
+            raise ValueError("config_overrides shape a model from scratch, but model_name_or_path gives weights")
+
+    def zoom_ranges(self) -> dict[str, tuple[float, float]]:
+        """`zoom_range` as a mapping, whichever way it was written."""
+        value: Any = self.zoom_range
+        ranges = {}
+        for source, bounds in (value if isinstance(value, dict) else {"default": value}).items():
+            try:
+                low, high = (float(bound) for bound in bounds)  # also of text: YAML 1.1 reads 1e-3 as such
+            except (TypeError, ValueError):
+                low, high = math.inf, -math.inf
+            if not low <= high:
+                raise ValueError(f"zoom_range must be [lo, hi] in log2 with lo <= hi, for {source} too; got {bounds}")
+            ranges[source] = (low, high)
+        return ranges
+
+    def zoom_range_of(self, source: str) -> tuple[float, float]:
+        """Zoom range of a source, log2."""
+        ranges = self.zoom_ranges()
+        if source not in ranges and "default" not in ranges:
+            raise ValueError(f"zoom_range has neither {source} nor default; it has {', '.join(ranges)}")
+        return ranges[source] if source in ranges else ranges["default"]
+
+    def synthetic_options(self) -> SyntheticOptions:
+        """What the synthetic source is told."""
+        return SyntheticOptions(
+            image_size=(self.synthetic_image_size[0], self.synthetic_image_size[1]),
+            displacement=(self.synthetic_displacement[0], self.synthetic_displacement[1]),
+            shapes=(self.synthetic_shapes[0], self.synthetic_shapes[1]),
+            textures=self.synthetic_textures,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value but the token, in types that YAML knows."""
+        values = dataclasses.asdict(self) | {
+            name: dict(getattr(self, name)) for name in ("train_mix", "config_overrides")
+        }
+        values.pop("hub_token")
+        return values
+
+
+def split_validation_set(entry: str) -> tuple[str, str | None]:
+    """`SOURCE:SPLIT` or `SOURCE` to both names; the split is None where it is not given."""
+    source, _, split = entry.partition(":")
+    return source, split or None
+
+
+def accumulation_steps(total_batch_size: int, per_device: int | None, num_processes: int) -> tuple[int, int]:
+    """How a global batch is cut: (pairs per forward pass of a process, forward passes per optimizer step).
+
+    Raises:
+        ValueError: It cannot be cut into equal parts.
+    """
+    if per_device is None:
+        per_device = max(total_batch_size // num_processes, 1)
+    per_pass = per_device * num_processes
+    if total_batch_size % per_pass:
+        raise ValueError(
+            f"total_batch_size {total_batch_size} cannot be cut into equal parts of "
+            f"per_device_train_batch_size {per_device} on {num_processes} process(es); "
+            f"the next that can is {-(-total_batch_size // per_pass) * per_pass}"
+        )
+    return per_device, total_batch_size // per_pass
+
+
+class FlagParser(HfArgumentParser):
+    """Flags of a dataclass: no abbreviations, `--no_NAME` for every switch, errors in one line."""
+
+    def __init__(self, dataclass_type: Any, **kwargs: Any):
+        usage = "%(prog)s --config configs/NAME.yaml [--flag value ...]     (--help lists all flags)"
+        super().__init__(dataclass_type, allow_abbrev=False, usage=usage, **kwargs)
+        self.type_hints = get_type_hints(dataclass_type)
+        self.add_argument("--config", help="YAML file of settings; flags win over it")
+        for field in dataclasses.fields(dataclass_type):
+            if self.type_hints[field.name] is bool and field.default is False:
+                self.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """A hint at the right name, to append to an error."""
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Settings from `--config FILE` and flags. Mistakes end the program with one line that names key and value."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = FlagParser(TrainingConfig, prog="train_flow.py")
+    # The file's settings become flags that stand before the real ones: one typed path, and the last one wins.
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    path = config_parser.parse_known_args(arguments)[0].config
+    try:
+        if path is not None:
+            arguments = yaml_to_flags(Path(path), parser.type_hints) + arguments
+        # argparse stops at the first missing or malformed flag; a misspelt one explains more, so it goes first.
+        unknown = [flag for flag in arguments if flag.startswith("--") and not _is_flag(parser, flag)]
+        if unknown:
+            raise ValueError(f"unknown flag {unknown[0]}{nearest(unknown[0], list(parser._option_string_actions))}")
+        config, _, rest = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+        if rest:
+            raise ValueError(f"{rest[0]!r} belongs to no flag")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return config
+
+
+def _is_flag(parser: argparse.ArgumentParser, text: str) -> bool:
+    return text.partition("=")[0] in parser._option_string_actions
+
+
+def yaml_to_flags(path: Path, type_hints: dict[str, Any]) -> list[str]:
+    """The settings of a YAML file as command-line flags.
+
+    Raises:
+        ValueError: The file is no mapping of settings; the message names it, the key and the value.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold `key: value` lines")
+    flags: list[str] = []
+    for key, value in settings.items():
+        if key not in type_hints:
+            raise ValueError(f"{path}: unknown key {key}{nearest(str(key), list(type_hints))}")
+        if value is None:
+            continue
+        try:
+            flags += _to_flag(str(key), value, type_hints[key])
+        except ValueError as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
+    return flags
+
+
+def _to_flag(key: str, value: Any, type_hint: Any) -> list[str]:
+    if type_hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false; got {value!r}")
+        return [f"--{key}"] if value else [f"--no_{key}"]
+    if value is False and "no" in str(type_hint):
+        return [f"--{key}", "no"]  # a bare `no` is False in YAML 1.1
+    if isinstance(value, bool):
+        raise ValueError(f"expected no switch; got {value}")
+    if isinstance(value, dict):
+        return [f"--{key}", yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()]
+    if isinstance(value, list):
+        if getattr(type_hint, "__origin__", None) is not list:
+            raise ValueError(f"expected one value; got {value}")
+        return [f"--{key}", *map(_to_text, value)] if value else []
+    return [f"--{key}", _to_text(value)]
+
+
+def _to_text(value: Any) -> str:
+    # argparse takes -0.2 for a value but -1e-05 for a flag
+    return np.format_float_positional(value, trim="0") if isinstance(value, float) else str(value)

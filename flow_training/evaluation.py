@@ -1,0 +1,140 @@
+"""One loop for every benchmark; how they differ is their protocol (princeton-vl/RAFT, evaluate.py)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flow_data.features import FlowSample, to_sample
+from flow_training.metrics import error_sums, ratios, summarize
+from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a benchmark is evaluated.
+
+    Args:
+        num_flow_updates: Updates of the flow.
+        padding: To multiples of 8 by repeating edges: height `"split"` between both sides, or all at the `"bottom"`;
+            `"none"`: the images fit.
+        split: What is evaluated unless one asks for another split.
+    """
+
+    num_flow_updates: int
+    padding: str
+    split: str
+
+
+SINTEL = Protocol(num_flow_updates=32, padding="split", split="training")
+KITTI = Protocol(num_flow_updates=24, padding="bottom", split="training")
+PROTOCOLS = {
+    "flying_chairs": Protocol(num_flow_updates=24, padding="none", split="validation"),
+    "flying_things_clean": Protocol(num_flow_updates=32, padding="split", split="test"),
+    "flying_things_final": Protocol(num_flow_updates=32, padding="split", split="test"),
+    "sintel_clean": SINTEL,
+    "sintel_final": SINTEL,
+    "middlebury": SINTEL,
+    "kitti_2015": KITTI,
+    "hd1k": KITTI,
+    "synthetic": Protocol(num_flow_updates=32, padding="split", split="validation"),
+}
+
+
+def predict(
+    model: RaftForOpticalFlow, sample: FlowSample, protocol: Protocol, num_flow_updates: int | None = None
+) -> Tensor:
+    """Flow of one pair, `(2, H, W)` float32 on the CPU."""
+    processor = RaftImageProcessor(
+        do_pad=protocol.padding != "none",
+        height_padding="bottom" if protocol.padding == "bottom" else "split",
+        min_size=8 * 2 ** (model.config.corr_levels - 1),
+    )
+    inputs = processor([sample.image1, sample.image2], return_tensors="pt", input_data_format="channels_last")
+    outputs = model(
+        inputs.pixel_values.to(model.device), num_flow_updates=num_flow_updates or protocol.num_flow_updates
+    )
+    if protocol.padding == "none":
+        return outputs.flow[0].float().cpu()
+    return processor.post_process_optical_flow(outputs, [sample.flow.shape[:2]])[0]["flow"].float().cpu()
+
+
+@torch.no_grad()
+def evaluate(
+    model: RaftForOpticalFlow,
+    dataset: Any,
+    protocol: Protocol,
+    accelerator: Accelerator,
+    num_flow_updates: int | None = None,
+    description: str = "evaluating",
+) -> dict[str, Any]:
+    """Evaluate a model on all pairs of a data set, each process a share of them.
+
+    Args:
+        model: Not wrapped; its mode (train or eval) is the caller's to set and restore.
+        dataset: Rows of a source of `flow_data.sources`, with ground truth.
+        protocol: Of the data set.
+        accelerator: Says which share is this process's, and the precision.
+        num_flow_updates: Instead of the protocol's.
+        description: For the progress bar.
+
+    Returns:
+        On every process the same: `num_pairs`, `protocol`, `metrics`, `zero_flow_epe` and `per_pair`; see the README.
+
+    Raises:
+        ValueError: A pair has no ground truth.
+    """
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    rows = []
+    for index in tqdm(share, desc=description, leave=False, disable=not accelerator.is_local_main_process):
+        row = dataset[index]
+        if row["flow"] is None:
+            raise ValueError(f"{row['id']} has no ground truth: this split is for submissions, not for evaluation")
+        sample = to_sample(row)
+        with accelerator.autocast():
+            flow_pred = predict(model, sample, protocol, num_flow_updates)
+        # float64 on the CPU: sums over a whole data set then do not depend on how it was cut
+        flow_gt = torch.from_numpy(sample.flow).permute(2, 0, 1)[None].double()
+        valid = torch.from_numpy(sample.valid)[None]
+        sums = error_sums(flow_pred[None].double(), flow_gt, valid)
+        zero_sums = error_sums(torch.zeros_like(flow_gt), flow_gt, valid)
+        rows.append((index, row["id"], sums[0].tolist(), zero_sums[0].tolist()))
+    rows = sorted(gather_object(rows))
+
+    pair_sums = torch.tensor([sums for _, _, sums, _ in rows], dtype=torch.float64)
+    zero_sums = torch.tensor([sums for _, _, _, sums in rows], dtype=torch.float64)
+    return {
+        "num_pairs": len(rows),
+        "protocol": {
+            "num_flow_updates": num_flow_updates or protocol.num_flow_updates,
+            "padding": protocol.padding,
+            "dtype": {"no": str(model.dtype).removeprefix("torch."), "bf16": "bfloat16", "fp16": "float16"}[
+                accelerator.mixed_precision
+            ],
+        },
+        "metrics": summarize(pair_sums),
+        "zero_flow_epe": ratios(zero_sums.sum(0))["epe"],
+        "per_pair": [
+            {"id": id_, **{name: ratios(torch.tensor(sums))[name] for name in ("epe", "fl_all")}}
+            for _, id_, sums, _ in rows
+        ],
+    }
+
+
+def evaluate_sets(
+    model: RaftForOpticalFlow, sets: Sequence[tuple[str, Any, Protocol]], accelerator: Accelerator
+) -> dict[str, dict[str, Any]]:
+    """Validate during training: name -> report of each set. Leaves the model in the mode it found it in."""
+    was_training = model.training
+    model.eval()
+    reports = {
+        name: evaluate(model, dataset, protocol, accelerator, description=f"validating on {name}")
+        for name, dataset, protocol in sets
+    }
+    model.train(was_training)
+    return reports

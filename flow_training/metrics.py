@@ -1,0 +1,61 @@
+"""Errors of flow as sums and counts, which add up over batches and processes; ratios come at the end."""
+
+import torch
+from torch import Tensor
+
+ERROR_SUMS = ("count", "epe", "1px", "3px", "5px", "fl_all")
+
+
+def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
+    """What each pair adds to the figures.
+
+    Args:
+        flow_pred: `(B, 2, H, W)`, pixels.
+        flow_gt: `(B, 2, H, W)`, pixels; anything where it is not valid.
+        valid: `(B, H, W)` bool.
+
+    Returns:
+        `(B, 6)`, the columns of `ERROR_SUMS`: valid pixels, the sum of their end-point errors, how many of these are
+        below 1, 3 and 5 px, and how many count as outliers of KITTI: error over 3 px and over 5 % of the true length.
+    """
+    error = torch.linalg.vector_norm(flow_pred - flow_gt, dim=1)
+    length = torch.linalg.vector_norm(flow_gt, dim=1)
+    columns = [
+        torch.ones_like(error),
+        error,
+        error < 1,
+        error < 3,
+        error < 5,
+        # error > 0.05 * length, not a quotient: the length may be 0
+        (error > 3) & (error > 0.05 * length),
+    ]
+    zero = torch.zeros((), dtype=error.dtype, device=error.device)
+    return torch.stack([torch.where(valid, column, zero).flatten(1).sum(1) for column in columns], dim=1)
+
+
+def ratios(sums: Tensor) -> dict[str, float]:
+    """Figures over all valid pixels: epe in pixels, shares between 0 and 1, fl_all in percent.
+
+    Args:
+        sums: `(6,)`, added up `error_sums`. Without a valid pixel all figures are NaN.
+    """
+    count, *totals = sums.tolist()
+    figures = {
+        name: total / count if count else float("nan") for name, total in zip(ERROR_SUMS[1:], totals, strict=True)
+    }
+    figures["fl_all"] *= 100
+    return figures
+
+
+def summarize(pair_sums: Tensor) -> dict[str, float]:
+    """Both ways to average: pooled over all valid pixels, and (`_per_image`) the mean of the pairs' own figures.
+
+    Args:
+        pair_sums: `(N, 6)`, one row of `error_sums` for each pair. Pairs without a valid pixel are left out.
+    """
+    figures = ratios(pair_sums.sum(0))
+    per_image = [ratios(row) for row in pair_sums if row[0] > 0]
+    for name in ("epe", "fl_all"):
+        values = [pair[name] for pair in per_image]
+        figures[f"{name}_per_image"] = sum(values) / len(values) if values else float("nan")
+    return figures

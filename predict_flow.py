@@ -1,0 +1,92 @@
+"""Flow from one image to the next.
+
+    python predict_flow.py --model DIR_OR_REPO frame1.png frame2.png --output flow.flo
+
+Flow says for every pixel of frame 1 how far it moves until frame 2: x to the right, then y down, in pixels.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from flow_data.features import to_rgb
+from flow_data.flow_io import FLOW_SUFFIXES, write_flow
+from flow_inference.pictures import draw_flow
+from modeling_raft import RaftImageProcessor
+from modeling_raft.convert_raft_checkpoint import load_raft
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        frames = [read_frame(path) for path in args.frames]
+        if frames[0].shape != frames[1].shape:
+            sizes = " and ".join(f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames)
+            raise ValueError(f"both frames must have one size; {args.frames[0]} and {args.frames[1]} have {sizes}")
+        flow = predict(args.model, frames, args.num_flow_updates)
+        write(args.output, flow, args.format)
+    except (ValueError, OSError) as error:
+        sys.exit(f"predict_flow.py: error: {error}")
+    length = torch.linalg.vector_norm(flow, dim=0)
+    print(f"{args.output}: mean length {length.mean():.2f} px, longest {length.max():.2f} px")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("frames", type=Path, nargs=2, metavar="FRAME", help="two images of one size")
+    parser.add_argument("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help=f"file to write: {', '.join(FLOW_SUFFIXES)}; .png is a colour picture",
+    )
+    parser.add_argument(
+        "--format", choices=["colour", "kitti"], default="colour", help="what a .png holds: a picture, or 16-bit flow"
+    )
+    parser.add_argument("--num_flow_updates", type=int, default=20, help="more are slower and mostly better")
+    args = parser.parse_args(argv)
+    if args.output.suffix not in FLOW_SUFFIXES:
+        parser.error(f"--output must end in one of {', '.join(FLOW_SUFFIXES)}; got {args.output}")
+    if args.format == "kitti" and args.output.suffix != ".png":
+        parser.error(f"--format kitti writes a .png; got {args.output}")
+    if args.num_flow_updates < 1:
+        parser.error(f"--num_flow_updates must be at least 1; got {args.num_flow_updates}")
+    return args
+
+
+def read_frame(path: Path) -> np.ndarray:
+    """`(H, W, 3)` uint8, RGB."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image, str(path))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is no image that can be read") from error
+
+
+@torch.no_grad()
+def predict(model_name_or_path: str, frames: list[np.ndarray], num_flow_updates: int) -> torch.Tensor:
+    """Flow `(2, H, W)` from the first frame to the second, pixels, on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_raft(model_name_or_path).eval().to(device)
+    processor = RaftImageProcessor(min_size=8 * 2 ** (model.config.corr_levels - 1))
+    inputs = processor(frames, return_tensors="pt", input_data_format="channels_last").to(device)
+    outputs = model(**inputs, num_flow_updates=num_flow_updates)
+    return processor.post_process_optical_flow(outputs, [frames[0].shape[:2]])[0]["flow"].cpu()
+
+
+def write(path: Path, flow: torch.Tensor, png_format: str) -> None:
+    """Write flow `(2, H, W)` as the suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png" and png_format == "colour":
+        Image.fromarray(draw_flow(flow)).save(path)
+    else:
+        write_flow(path, flow.permute(1, 2, 0).contiguous().numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Which checkpoint is the latest, and what the log keeps when a run goes on."""
+
+import json
+
+import pytest
+
+from flow_training.checkpoints import find_checkpoint, list_checkpoints
+from flow_training.run_log import FILE_NAME, RunLog, read_log
+
+
+def test_latest_is_the_highest_finished_step(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-100", "checkpoint-20", "unfinished-checkpoint-300", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
+    assert find_checkpoint("latest", tmp_path).name == "checkpoint-100"
+    assert find_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path).name == "checkpoint-5"
+
+
+def test_a_missing_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint-.* in {tmp_path}"):
+        find_checkpoint("latest", tmp_path)
+    with pytest.raises(FileNotFoundError, match="checkpoint-7"):
+        find_checkpoint(str(tmp_path / "checkpoint-7"), tmp_path)
+
+
+def test_log_has_each_step_once_after_a_resume(tmp_path):
+    log = RunLog(tmp_path, 0)
+    for step in (2, 4, 6, 8):
+        log.write({"step": step, "loss": step / 3})
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write('{"step": 10, "lo')  # killed while writing
+    resumed = RunLog(tmp_path, 5)
+    resumed.write({"step": 6, "loss": 2.0})
+    assert [line["step"] for line in read_log(tmp_path / FILE_NAME)] == [2, 4, 6]
+    first = json.loads((tmp_path / FILE_NAME).read_text().splitlines()[0])
+    assert first == {"step": 2, "loss": 2 / 3}  # unrounded

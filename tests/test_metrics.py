@@ -1,0 +1,74 @@
+"""Metrics against plain numpy, and that parts add up to the whole."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flow_training.metrics import ERROR_SUMS, error_sums, ratios, summarize
+
+
+def pairs(seed: int, batch: int = 3):
+    generator = torch.Generator().manual_seed(seed)
+    flow_gt = 30 * torch.randn(batch, 2, 6, 7, generator=generator, dtype=torch.float64)
+    flow_pred = flow_gt + 4 * torch.randn(batch, 2, 6, 7, generator=generator, dtype=torch.float64)
+    valid = torch.rand(batch, 6, 7, generator=generator) < 0.7
+    return flow_pred, flow_gt, valid
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000))
+def test_equals_the_definitions(seed):
+    flow_pred, flow_gt, valid = pairs(seed)
+    errors, lengths = [], []
+    for b, y, x in np.argwhere(valid.numpy()):
+        du, dv = (flow_pred - flow_gt)[b, :, y, x].tolist()
+        errors.append(math.hypot(du, dv))
+        lengths.append(math.hypot(*flow_gt[b, :, y, x].tolist()))
+    outliers = [error > 3 and error / length > 0.05 for error, length in zip(errors, lengths, strict=True)]
+    figures = summarize(error_sums(flow_pred, flow_gt, valid))
+    assert figures["epe"] == pytest.approx(np.mean(errors))
+    for share in (1, 3, 5):
+        assert figures[f"{share}px"] == pytest.approx(np.mean(np.array(errors) < share))
+    assert figures["fl_all"] == pytest.approx(100 * np.mean(outliers))
+
+
+def test_per_image_figures_are_means_of_images():
+    sums = error_sums(*pairs(0))
+    each = [ratios(row) for row in sums]
+    figures = summarize(sums)
+    assert figures["epe_per_image"] == pytest.approx(np.mean([pair["epe"] for pair in each]))
+    assert figures["fl_all_per_image"] == pytest.approx(np.mean([pair["fl_all"] for pair in each]))
+    assert figures["epe_per_image"] != figures["epe"]  # the masks differ in size
+
+
+def test_parts_add_up_to_the_whole():
+    flow_pred, flow_gt, valid = pairs(1, batch=4)
+    whole = error_sums(flow_pred, flow_gt, valid).sum(0)
+    parts = sum(error_sums(flow_pred[i : i + 1], flow_gt[i : i + 1], valid[i : i + 1])[0] for i in range(4))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_what_is_not_valid_does_not_matter():
+    flow_pred, flow_gt, valid = pairs(2)
+    hidden = flow_gt.masked_fill(~valid[:, None], float("nan"))
+    assert torch.equal(error_sums(flow_pred, hidden, valid), error_sums(flow_pred, flow_gt, valid))
+
+
+def test_pairs_without_a_valid_pixel():
+    flow_pred, flow_gt, valid = pairs(3)
+    valid[1] = False
+    figures, without = summarize(error_sums(flow_pred, flow_gt, valid)), [0, 2]
+    assert figures == summarize(error_sums(flow_pred[without], flow_gt[without], valid[without]))
+    assert math.isnan(summarize(torch.zeros(2, len(ERROR_SUMS)))["epe"])
+
+
+def test_thresholds_are_strict():
+    flow_gt = torch.zeros(1, 2, 1, 4)
+    flow_pred = torch.tensor([1.0, 3.0, 5.0, 3.0])[None, None, None] * torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)
+    figures = summarize(error_sums(flow_pred, flow_gt, torch.ones(1, 1, 4, dtype=torch.bool)))
+    assert (figures["1px"], figures["3px"], figures["5px"]) == (0, 0.25, 0.75)
+    assert figures["fl_all"] == 25  # true length 0: only the error of 5 px exceeds 3 px

@@ -1,0 +1,120 @@
+"""The order of samples and their augmentation: functions of (seed, number of the sample) and nothing else."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from flow_data.sampling import MixSource, RunSampler, TrainingPairs
+
+
+class Rows:
+    """Rows whose flow tells which one it is."""
+
+    def __init__(self, length: int, base: int):
+        self.length, self.base = length, base
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        image = Image.fromarray(np.full((8, 16, 3), 100 + i, dtype=np.uint8))
+        flow = np.full((8, 16, 2), self.base + i, dtype=np.float32)
+        return {
+            "id": str(i),
+            "image1": image,
+            "image2": image,
+            "flow": {"flow": flow, "valid": np.ones((8, 16), dtype=bool)},
+        }
+
+
+def shift(sample, rng):
+    return sample._replace(flow=sample.flow + rng.random(dtype=np.float32) / 2)
+
+
+def unchanged(sample, rng):
+    return sample
+
+
+def mix(augment=unchanged, noise_batch_size=None, seed=7) -> TrainingPairs:
+    sources = [MixSource("a", Rows(3, 0), 4, augment), MixSource("b", Rows(5, 100), 1, augment)]
+    return TrainingPairs(sources, seed, noise_batch_size)
+
+
+def test_an_epoch_has_exact_shares():
+    pairs = mix()
+    assert len(pairs) == 3 * 4 + 5
+    for epoch in range(2):
+        sampler = RunSampler(len(pairs), seed=7, start=epoch * len(pairs), stop=(epoch + 1) * len(pairs))
+        counts = Counter((pairs[key]["id"], int(pairs[key]["labels"][0, 0, 0])) for key in sampler)
+        expected = {(f"a/{i}", i): 4 for i in range(3)} | {(f"b/{i}", 100 + i): 1 for i in range(5)}
+        assert counts == expected
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    def order(seed, start, stop):
+        return list(RunSampler(10, seed, start, stop))
+
+    run = order(1, 0, 35)
+    assert [number for number, _ in run] == list(range(35))
+    assert order(1, 13, 35) == run[13:]  # a resumed run goes on in the middle of an epoch
+    epochs = [[position for _, position in run[i : i + 10]] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert order(2, 0, 35) != run
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_samples_do_not_depend_on_workers(num_workers):
+    pairs = mix(shift, noise_batch_size=4)
+    keys = list(RunSampler(len(pairs), 7, 5, 29))
+    loader = DataLoader(pairs, batch_size=4, sampler=keys, num_workers=num_workers)
+    for name in ("pixel_values", "labels", "valid"):
+        loaded = torch.cat([batch[name] for batch in loader])
+        assert torch.equal(loaded, torch.stack([pairs[key][name] for key in keys])), name
+
+
+def test_augmentation_differs_between_epochs_and_seeds():
+    pairs = mix(shift)
+    first, again, later = pairs[(0, 2)], pairs[(0, 2)], pairs[(17, 2)]
+    assert torch.equal(first["labels"], again["labels"])
+    assert not torch.equal(first["labels"], later["labels"])
+    assert not torch.equal(first["labels"], mix(shift, seed=8)[(0, 2)]["labels"])
+
+
+def test_pixels_are_scaled_as_the_model_wants_them():
+    sample = mix()[(0, 1)]
+    assert sample["pixel_values"].shape == (2, 3, 8, 16) and sample["pixel_values"].dtype == torch.float32
+    torch.testing.assert_close(sample["pixel_values"], torch.full((2, 3, 8, 16), 2 * 101 / 255 - 1))
+    assert sample["labels"].shape == (2, 8, 16) and sample["valid"].dtype == torch.bool
+
+
+def test_noise_has_one_sigma_a_step_and_its_own_draws():
+    clean = mix()
+    sigmas = []
+    for step in range(200):
+        numbers = (2 * step, 2 * step + 1)
+        noisy = mix(noise_batch_size=2)
+        noise = [(noisy[(n, 0)]["pixel_values"] - clean[(n, 0)]["pixel_values"]) * 127.5 for n in numbers]
+        assert not torch.equal(*noise) and not torch.equal(noise[0][0], noise[0][1])  # drawn for each pair and frame
+        sigmas.append(torch.stack(noise).std().item())
+        assert noise[0].std().item() == pytest.approx(noise[1].std().item(), rel=0.35, abs=0.02)
+    # U(0, 5): mean 2.5, standard deviation 1.44; bounds at four standard errors of 200 draws
+    assert np.mean(sigmas) == pytest.approx(2.5, abs=4 * 1.45 / 200**0.5)
+    assert max(sigmas) < 5.5 and min(sigmas) < 0.3
+
+
+def test_noise_is_clamped():
+    class White(Rows):
+        def __getitem__(self, i):
+            white = Image.fromarray(np.full((8, 16, 3), 255, dtype=np.uint8))
+            return super().__getitem__(i) | {"image1": white, "image2": white}
+
+    pairs = TrainingPairs([MixSource("white", White(1, 0), 1, unchanged)], seed=0, noise_batch_size=1)
+    pixel_values = torch.stack([pairs[(n, 0)]["pixel_values"] for n in range(20)])
+    assert pixel_values.max() == 1 and pixel_values.min() < 1

@@ -1,0 +1,262 @@
+"""train_flow.py from the outside: whole runs, in real processes."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from flow_data.flow_io import write_flow
+from flow_training.run_log import read_log
+from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+from train_flow import main
+
+PROJECT = Path(__file__).resolve().parents[1]
+TINY_MODEL = (
+    "{feature_dim: 16, hidden_dim: 16, context_dim: 16, encoder_widths: [8, 8, 12, 16], corr_radius: 2, "
+    "motion_corr_widths: [16], motion_flow_widths: [16, 16], motion_dim: 18, flow_head_dim: 16}"
+)
+TINY_RUN = {
+    "train_mix": "{synthetic: 1}",
+    "synthetic_image_size": "72 88",
+    "synthetic_displacement": "1 4",
+    "synthetic_shapes": "1 3",
+    "synthetic_num_pairs": "7",
+    "synthetic_validation_pairs": "3",
+    "crop_size": "64 72",
+    "model_size": "small",
+    "config_overrides": TINY_MODEL,
+    "num_flow_updates": "2",
+    "total_batch_size": "4",
+    "max_train_steps": "4",
+    "learning_rate": "1e-3",
+    "logging_steps": "1",
+    "dataloader_num_workers": "0",
+    "report_to": "none",
+}
+
+pytestmark = pytest.mark.slow
+
+
+def flags(output_dir: Path, *switches: str, **settings: str | None) -> list[str]:
+    """The tiny run's flags, changed as told; a setting that is None is left out."""
+    words = ["--output_dir", str(output_dir), *switches]
+    for key, value in (TINY_RUN | settings).items():
+        if value is not None:
+            words += [f"--{key}", *([value] if value.startswith("{") else value.split())]
+    return words
+
+
+def train(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.CompletedProcess:
+    """Run train_flow.py in processes of its own."""
+    command = [sys.executable, PROJECT / "train_flow.py"]
+    if processes > 1:  # with --cpu instead, accelerate would run one process and say nothing
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        command[1:1] = [*launch, "--main_process_port", str(free_port())]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command += flags(output_dir, *switches, **settings)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=PROJECT, timeout=600)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def figures(output_dir: Path) -> list[dict[str, float]]:
+    """Lines of the log, without what depends on speed."""
+    lines = read_log(output_dir / "train_log.jsonl")
+    return [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """A whole run with everything on: validation, checkpoints, TensorBoard, noise, accumulation."""
+    output_dir = tmp_path_factory.mktemp("runs") / "finished"
+    result = train(
+        output_dir,
+        "--add_noise",
+        validation_sets="synthetic",
+        validation_steps="2",
+        checkpointing_steps="1",
+        checkpoints_total_limit="2",
+        report_to="tensorboard",
+        per_device_train_batch_size="2",
+    )
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+def test_a_run_leaves_what_is_promised(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "run_config.yaml"} <= names
+    assert {name for name in names if "checkpoint" in name} == {"checkpoint-3", "checkpoint-4"}
+    assert any((finished_run / "logs").rglob("events.out.tfevents.*"))
+    model = RaftForOpticalFlow.from_pretrained(finished_run)
+    assert model.config.corr_radius == 2 and model.config.loss_gamma == 0.8
+    RaftImageProcessor.from_pretrained(finished_run)
+
+
+def test_log_has_the_promised_figures(finished_run):
+    lines = read_log(finished_run / "train_log.jsonl")
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    for line in training:
+        expected = "step loss learning_rate grad_norm epe 1px 3px 5px pairs_per_second".split()
+        assert list(line) == expected
+        assert all(math.isfinite(value) for value in line.values())
+        assert 0 <= line["1px"] <= line["3px"] <= line["5px"] <= 1
+    assert training[0]["learning_rate"] == pytest.approx(1e-3 / 25)
+    validation = [line for line in lines if "validation/synthetic/epe" in line]
+    assert [line["step"] for line in validation] == [2, 4]
+
+
+def test_run_config_repeats_the_run(finished_run, tmp_path):
+    settings = yaml.safe_load((finished_run / "run_config.yaml").read_text())
+    assert settings["learning_rate"] == 1e-3 and settings["per_device_train_batch_size"] == 2
+    assert settings["mixed_precision"] == "no" and "hub_token" not in settings
+    path = str(finished_run / "run_config.yaml")
+    settings = dict.fromkeys(TINY_RUN)
+    result = train(tmp_path / "again", "--config", path, **settings)
+    assert result.returncode == 0, result.stderr
+    assert figures(tmp_path / "again") == figures(finished_run)
+
+
+def test_model_card_says_what_the_run_did(finished_run):
+    card = (finished_run / "README.md").read_text()
+    assert "{{" not in card and "{%" not in card
+    for part in ("- optical-flow", "model-index", "random weights", "Synthetic pairs", "| learning_rate | 0.001 |"):
+        assert part in card
+    last = [line for line in read_log(finished_run / "train_log.jsonl") if "validation/synthetic/epe" in line][-1]
+    assert f"{last['validation/synthetic/epe']:.3f}" in card
+
+
+def test_resumed_equals_uninterrupted(finished_run, tmp_path):
+    """Stopped between checkpoints, gone on with other workers: the same log and the same weights, bit by bit."""
+    output_dir = tmp_path / "run"
+    shared = {
+        "validation_sets": "synthetic",
+        "validation_steps": "2",
+        "per_device_train_batch_size": "2",
+        "checkpointing_steps": "3",
+    }
+    whole = train(tmp_path / "whole", "--add_noise", max_train_steps="5", logging_steps="2", **shared)
+    assert whole.returncode == 0, whole.stderr
+    os.rename(tmp_path / "whole" / "checkpoint-3", tmp_path / "kept")
+    output_dir.mkdir()
+    os.rename(tmp_path / "kept", output_dir / "checkpoint-3")
+    log = (tmp_path / "whole" / "train_log.jsonl").read_text()
+    (output_dir / "train_log.jsonl").write_text(log + '{"step": 6, "lo')  # later lines, and a torn one
+    resume = ["--add_noise", "--resume_from_checkpoint", "latest"]
+    resumed = train(
+        output_dir, *resume, max_train_steps="5", logging_steps="2", **shared | {"dataloader_num_workers": "2"}
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert figures(output_dir) == figures(tmp_path / "whole")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (output_dir, tmp_path / "whole"))
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_two_processes_do_what_one_does(finished_run, tmp_path):
+    settings = {"validation_sets": "synthetic", "validation_steps": "2", "per_device_train_batch_size": "1"}
+    result = train(tmp_path / "two", "--add_noise", processes=2, **settings)
+    assert result.returncode == 0, result.stderr
+    two, one = figures(tmp_path / "two"), figures(finished_run)
+    assert len(two) == len(one) > 4
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_bf16_trains_and_is_not_float32(finished_run, tmp_path):
+    result = train(tmp_path / "bf16", "--add_noise", mixed_precision="bf16", per_device_train_batch_size="2")
+    assert result.returncode == 0, result.stderr
+    ours, theirs = figures(tmp_path / "bf16"), [line for line in figures(finished_run) if "loss" in line]
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=0.05)
+    assert ours[0]["loss"] != theirs[0]["loss"]
+    assert RaftForOpticalFlow.from_pretrained(tmp_path / "bf16").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "messages"),
+    [
+        ({"mixed_precision": "fp16"}, ["fp16 needs a GPU", "bf16"]),
+        ({"train_mix": "{sintel_clean: 1}", "data_root": "nowhere"}, ["nowhere/Sintel"]),
+        ({"resume_from_checkpoint": "latest"}, ["no checkpoint-"]),
+        ({"per_device_train_batch_size": "3"}, ["total_batch_size 4 cannot be cut", "the next that can is 6"]),
+        ({"crop_size": "56 64"}, ["crop_size must be at least 64"]),
+        ({"config_overrides": "{corr_level: 3}"}, ["RaftConfig has no field corr_level"]),
+        ({"synthetic_textures": "no_pictures_here"}, ["no_pictures_here"]),
+    ],
+)
+def test_mistakes_stop_the_run_before_it_starts(settings, messages, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit) as error:
+        main(flags(tmp_path / "run", **settings))
+    assert str(error.value).startswith("train_flow.py: error:")
+    for message in messages:
+        assert message in str(error.value)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(finished_run):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
+    result = train(finished_run)
+    assert result.returncode != 0 and "holds an earlier run" in result.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_pairs(tmp_path):
+    """A weight that is NaN, as a diverged run leaves it."""
+    start = tmp_path / "start"
+    assert train(start, max_train_steps="1").returncode == 0
+    model = RaftForOpticalFlow.from_pretrained(start)
+    model.update_block.flow_head[2].bias.data.fill_(float("nan"))
+    model.save_pretrained(start)
+    settings = dict.fromkeys(["model_size", "config_overrides"]) | {"per_device_train_batch_size": "2"}
+    result = train(tmp_path / "run", "--model_name_or_path", str(start), **settings)
+    assert result.returncode != 0
+    assert "the loss of step 1 is not finite" in result.stderr
+    assert result.stderr.count("synthetic/training/") == 4  # the four pairs of that step
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_fine_tunes_from_a_folder_on_files(finished_run, tmp_path):
+    """A data set on disk with sparse truth; the run's settings win over those of the weights."""
+    data = tmp_path / "data" / "KITTI" / "training"
+    rng = np.random.default_rng(0)
+    for folder in ("image_2", "flow_occ"):
+        (data / folder).mkdir(parents=True)
+    for i in range(3):
+        for frame in (10, 11):
+            cv2.imwrite(str(data / "image_2" / f"{i:06d}_{frame}.png"), rng.integers(0, 256, (80, 160, 3), np.uint8))
+        flow = np.full((80, 160, 2), 2.0, dtype=np.float32)
+        write_flow(data / "flow_occ" / f"{i:06d}_10.png", flow, rng.random((80, 160)) < 0.3)
+    result = train(
+        tmp_path / "run",
+        "--freeze_batch_norm",
+        train_mix="{kitti_2015: 2}",
+        data_root=str(tmp_path / "data"),
+        model_name_or_path=str(finished_run),
+        validation_sets="kitti_2015",
+        max_train_steps="2",
+        gamma="0.85",
+        model_size=None,
+        config_overrides=None,
+    )
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["loss_gamma"] == 0.85 and config["freeze_batch_norm"] is True
+    assert "KITTI-2015 (CC BY-NC-SA 3.0), each pair 2 times" in (tmp_path / "run" / "README.md").read_text()
+    assert any("validation/kitti_2015/fl_all" in line for line in read_log(tmp_path / "run" / "train_log.jsonl"))
