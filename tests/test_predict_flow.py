@@ -1,0 +1,100 @@
+"""predict_flow.py on files, and the pictures it draws."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_modeling_raft import tiny_config
+
+import predict_flow
+from flow_data.flow_io import read_flow
+from flow_inference.pictures import draw_comparison, draw_flow, stack_rows
+from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Arguments for a pair whose size is no multiple of 8, and the flow that must come out."""
+    torch.manual_seed(0)
+    model = RaftForOpticalFlow(tiny_config()).eval()
+    model.save_pretrained(tmp_path / "model")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 67, 90, 3), dtype=np.uint8)
+    for name, frame in zip(("a.png", "b.png"), frames, strict=True):
+        Image.fromarray(frame).save(tmp_path / name)
+    processor = RaftImageProcessor()
+    with torch.no_grad():
+        outputs = model(**processor(list(frames), return_tensors="pt"), num_flow_updates=2)
+    flow = processor.post_process_optical_flow(outputs, [(67, 90)])[0]["flow"].permute(1, 2, 0).numpy()
+    arguments = ["--model", tmp_path / "model", tmp_path / "a.png", tmp_path / "b.png", "--num_flow_updates", 2]
+    return tmp_path, [str(word) for word in arguments], flow
+
+
+@pytest.mark.parametrize(("name", "flags", "tolerance"), [
+    ("out.flo", [], 0), ("deep/er/out.npy", [], 0), ("out.pfm", [], 0), ("out.png", ["--format", "kitti"], 1 / 128),
+])  # fmt: skip
+def test_flow_files_hold_the_models_flow(job, name, flags, tolerance):
+    folder, arguments, expected = job
+    predict_flow.main([*arguments, "--output", str(folder / name), *flags])
+    flow, valid = read_flow(folder / name)
+    assert valid.all()
+    np.testing.assert_allclose(flow, expected, atol=tolerance + 1e-6)
+
+
+def test_a_png_is_a_colour_picture(job, capsys):
+    folder, arguments, expected = job
+    predict_flow.main([*arguments, "--output", str(folder / "out.png")])
+    picture = np.asarray(Image.open(folder / "out.png"))
+    assert np.array_equal(picture, draw_flow(torch.from_numpy(expected).permute(2, 0, 1)))
+    assert "mean length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({2: "missing.png"}, "missing.png"),
+        ({2: "broken.png"}, "broken.png is no image"),
+        ({2: "other.png"}, "must have one size"),
+        ({2: "deep.png"}, "deep.png: expected an 8-bit"),
+        ({0: "--output=out.jpg"}, "--output must end in one of"),
+        ({0: "--format=kitti"}, "--format kitti writes a .png"),
+        ({0: "--num_flow_updates=0"}, "at least 1; got 0"),
+    ],
+)
+def test_mistakes_are_named(job, change, message, capsys):
+    folder, arguments, _ = job
+    (folder / "broken.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((64, 90, 3), np.uint8)).save(folder / "other.png")
+    cv2.imwrite(str(folder / "deep.png"), np.zeros((67, 90), np.uint16))
+    ((position, value),) = change.items()
+    words = [*arguments, "--output", str(folder / "out.flo")]
+    if position:
+        words[position + 1] = str(folder / value)
+    else:
+        words.append(value)
+    with pytest.raises(SystemExit) as error:
+        predict_flow.main(words)
+    assert message in capsys.readouterr().err + str(error.value)
+    assert not (folder / "out.flo").exists()
+
+
+def test_directions_have_their_colours():
+    """Right is red, left is its complement; standing still is white."""
+    right, left, still = (draw_flow(torch.tensor([[[u, 9.0]], [[0.0, 0.0]]]))[0, 0] for u in (9.0, -9.0, 0.0))
+    assert right[0] > 200 and right[1:].max() < 100
+    assert left[0] < 100 and left[1:].min() > 100
+    assert still.min() > 250
+
+
+def test_comparison_has_one_scale_and_leaves_out_the_unknown():
+    image = np.zeros((8, 8, 3), np.uint8)
+    truth = np.full((8, 8, 2), 4.0, np.float32)
+    valid = np.ones((8, 8), bool)
+    valid[0] = False
+    same = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 4.0))
+    true_part, predicted, error = same[:, 12:20], same[:, 24:32], same[:, 36:44]
+    assert (true_part[0] == 255).all() and np.array_equal(true_part[1:], predicted[1:]) and (error == 0).all()
+    half = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 2.0))
+    assert not np.array_equal(half[1:, 12:20], half[1:, 24:32])  # half as long is half as saturated
+    assert (half[1:, 36:44] == int(255 * 2 * 2**0.5 / 3)).all()
+    assert stack_rows([same, same[:, :10]]).shape == (20, 44, 3)
