@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -16,8 +15,9 @@ from flow_data.features import to_sample
 from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_inference.pictures import draw_comparison, stack_rows
+from flow_inference.prediction import predict_pair
 from flow_training.config import nearest
-from flow_training.evaluation import PROTOCOLS, Protocol, evaluate, predict
+from flow_training.evaluation import PROTOCOLS, Protocol, evaluate
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -95,13 +95,13 @@ def open_dataset(args: argparse.Namespace):
     return split, synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
 
 
-@torch.no_grad()
 def draw_pairs(model: RaftForOpticalFlow, dataset, protocol: Protocol, num_flow_updates: int | None) -> Image.Image:
     """The first pairs of a data set, each a row: frame 1, true flow, predicted flow, error."""
     rows = []
     for index in range(min(PICTURE_PAIRS, len(dataset))):
         sample = to_sample(dataset[index])
-        flow_pred = predict(model, sample, protocol, num_flow_updates)
+        updates = num_flow_updates or protocol.num_flow_updates
+        flow_pred = predict_pair(model, sample.image1, sample.image2, updates, protocol.padding)
         rows.append(draw_comparison(sample.image1, sample.flow, sample.valid, flow_pred))
     return Image.fromarray(stack_rows(rows))
 

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from flow_data.features import to_rgb
 from flow_data.flow_io import FLOW_SUFFIXES, write_flow
 from flow_inference.pictures import draw_flow
-from modeling_raft import RaftImageProcessor
+from flow_inference.prediction import predict_pair
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
         if frames[0].shape != frames[1].shape:
             sizes = " and ".join(f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames)
             raise ValueError(f"both frames must have one size; {args.frames[0]} and {args.frames[1]} have {sizes}")
-        flow = predict(args.model, frames, args.num_flow_updates)
+        model = load_raft(args.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        flow = predict_pair(model, *frames, args.num_flow_updates)
         write(args.output, flow, args.format)
     except (ValueError, OSError) as error:
         sys.exit(f"predict_flow.py: error: {error}")
@@ -66,17 +67,6 @@ def read_frame(path: Path) -> np.ndarray:
             return to_rgb(image, str(path))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is no image that can be read") from error
-
-
-@torch.no_grad()
-def predict(model_name_or_path: str, frames: list[np.ndarray], num_flow_updates: int) -> torch.Tensor:
-    """Flow `(2, H, W)` from the first frame to the second, pixels, on the CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_raft(model_name_or_path).eval().to(device)
-    processor = RaftImageProcessor(min_size=8 * 2 ** (model.config.corr_levels - 1))
-    inputs = processor(frames, return_tensors="pt", input_data_format="channels_last").to(device)
-    outputs = model(**inputs, num_flow_updates=num_flow_updates)
-    return processor.post_process_optical_flow(outputs, [frames[0].shape[:2]])[0]["flow"].cpu()
 
 
 def write(path: Path, flow: torch.Tensor, png_format: str) -> None:

@@ -183,7 +183,7 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
                 raise ValueError(f"config_overrides: RaftConfig has no field {name}")
         make_config = RaftConfig.small if config.model_size == "small" else RaftConfig
         model = RaftForOpticalFlow(make_config(**{**config.config_overrides, **overrides}))
-    smallest = 8 * 2 ** (model.config.corr_levels - 1)
+    smallest = model.config.min_image_size
     if min(config.crop_size) < smallest:
         raise ValueError(f"crop_size must be at least {smallest} with this model; got {config.crop_size}")
     if config.gradient_checkpointing:

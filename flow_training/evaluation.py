@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from flow_data.features import FlowSample, to_sample
+from flow_data.features import to_sample
+from flow_inference.prediction import predict_pair
 from flow_training.metrics import error_sums, ratios, summarize
-from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+from modeling_raft import RaftForOpticalFlow
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Protocol:
 
     Args:
         num_flow_updates: Updates of the flow.
-        padding: To multiples of 8 by repeating edges: height `"split"` between both sides, or all at the `"bottom"`;
-            `"none"`: the images fit.
+        padding: As in `flow_inference.prediction`: `"split"`, `"bottom"` or `"none"`.
         split: What is evaluated unless one asks for another split.
     """
 
@@ -46,25 +45,6 @@ PROTOCOLS = {
 }
 
 
-def predict(
-    model: RaftForOpticalFlow, sample: FlowSample, protocol: Protocol, num_flow_updates: int | None = None
-) -> Tensor:
-    """Flow of one pair, `(2, H, W)` float32 on the CPU."""
-    processor = RaftImageProcessor(
-        do_pad=protocol.padding != "none",
-        height_padding="bottom" if protocol.padding == "bottom" else "split",
-        min_size=8 * 2 ** (model.config.corr_levels - 1),
-    )
-    inputs = processor([sample.image1, sample.image2], return_tensors="pt", input_data_format="channels_last")
-    outputs = model(
-        inputs.pixel_values.to(model.device), num_flow_updates=num_flow_updates or protocol.num_flow_updates
-    )
-    if protocol.padding == "none":
-        return outputs.flow[0].float().cpu()
-    return processor.post_process_optical_flow(outputs, [sample.flow.shape[:2]])[0]["flow"].float().cpu()
-
-
-@torch.no_grad()
 def evaluate(
     model: RaftForOpticalFlow,
     dataset: Any,
@@ -97,7 +77,13 @@ def evaluate(
             raise ValueError(f"{row['id']} has no ground truth: this split is for submissions, not for evaluation")
         sample = to_sample(row)
         with accelerator.autocast():
-            flow_pred = predict(model, sample, protocol, num_flow_updates)
+            flow_pred = predict_pair(
+                model,
+                sample.image1,
+                sample.image2,
+                num_flow_updates or protocol.num_flow_updates,
+                protocol.padding,
+            )
         # float64 on the CPU: sums over a whole data set then do not depend on how it was cut
         flow_gt = torch.from_numpy(sample.flow).permute(2, 0, 1)[None].double()
         valid = torch.from_numpy(sample.valid)[None]

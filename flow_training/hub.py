@@ -65,7 +65,7 @@ def write_run(
         device: It trained on, in words.
     """
     model.save_pretrained(output_dir)
-    RaftImageProcessor().save_pretrained(output_dir)
+    RaftImageProcessor(min_size=model.config.min_image_size).save_pretrained(output_dir)
     (output_dir / RUN_CONFIG).write_text(yaml.safe_dump(run_config, sort_keys=False))
     fill_card(output_dir.resolve().name, model, run_config, reports, seconds, device).save(output_dir / "README.md")
 
@@ -107,7 +107,7 @@ def fill_card(
         size="small" if model.config.encoder_block == "bottleneck" else "large",
         num_parameters=f"{model.num_parameters():,}",
         num_flow_updates=run_config["num_flow_updates"],
-        min_size=8 * 2 ** (model.config.corr_levels - 1),
+        min_size=model.config.min_image_size,
         start=run_config["model_name_or_path"],
         training_data=[(DATA_SETS[source], repeats) for source, repeats in run_config["train_mix"].items()],
         recipe={key: _cell(value) for key, value in run_config.items() if not key.startswith("hub_")},

@@ -80,6 +80,11 @@ class RaftConfig(PreTrainedConfig):
         }
         return cls(**{**small, **overrides})
 
+    @property
+    def min_image_size(self) -> int:
+        """Pixels that an image must be high and wide at least, so that no pyramid level is empty: 64 with 4 levels."""
+        return 8 * 2 ** (self.corr_levels - 1)
+
     def __post_init__(self, **kwargs):
         # JSON knows no tuples: with lists throughout, a configuration equals itself after saving and loading.
         self.encoder_widths = list(self.encoder_widths)

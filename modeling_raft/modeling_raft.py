@@ -256,7 +256,7 @@ class RaftForOpticalFlow(PreTrainedModel):
 
         Args:
             pixel_values: `(B, 2, 3, H, W)` in [-1, 1], RGB; H and W are multiples of 8, and at least
-                8 * 2**(corr_levels - 1), 64 with 4 levels, so that no level of the pyramid is empty.
+                `config.min_image_size`, 64 with 4 correlation levels.
             labels: `(B, 2, H, W)`, true flow in pixels; gives a loss.
             valid: `(B, H, W)` bool, where labels are known (None: everywhere).
             num_flow_updates: Updates of the flow; None: as the configuration says.
@@ -331,11 +331,11 @@ class RaftForOpticalFlow(PreTrainedModel):
                 f"height and width of pixel_values must be multiples of {GRID}; got {height} x {width}. "
                 "RaftImageProcessor pads images and takes the padding off the flow."
             )
-        smallest = GRID * 2 ** (self.config.corr_levels - 1)
+        smallest, levels = self.config.min_image_size, self.config.corr_levels
         if min(height, width) < smallest:
             raise ValueError(
-                f"height and width of pixel_values must be at least {smallest} with {self.config.corr_levels} "
-                f"correlation levels, so that none is empty; got {height} x {width}"
+                f"height and width of pixel_values must be at least {smallest} with {levels} correlation levels, "
+                f"so that none is empty; got {height} x {width}"
             )
         if num_flow_updates < 1:
             raise ValueError(f"num_flow_updates must be at least 1; got {num_flow_updates}")

@@ -10,7 +10,7 @@ PACKAGES = {"modeling_raft", "flow_data", "flow_training", "flow_inference"}
 MAY_IMPORT = {
     "modeling_raft": set(),
     "flow_data": set(),
-    "flow_training": {"flow_data", "modeling_raft"},
+    "flow_training": {"flow_data", "flow_inference", "modeling_raft"},
     "flow_inference": {"flow_data", "modeling_raft"},
 }
 KNOW_ACCELERATE = {"train_flow.py", "evaluate_flow.py", "evaluation.py", "checkpoints.py"}
