@@ -17,7 +17,7 @@ from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_inference.pictures import draw_comparison, stack_rows
 from flow_inference.prediction import predict_pair
 from flow_training.config import nearest
-from flow_training.evaluation import PROTOCOLS, Protocol, evaluate
+from flow_training.evaluation import PROTOCOLS, Protocol, check_precision, evaluate
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        check_precision(accelerator)
         split, dataset = open_dataset(args)
         model = load_raft(args.model).eval().to(accelerator.device)
         protocol = PROTOCOLS[args.dataset]

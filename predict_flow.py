@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from flow_data.features import to_rgb
 from flow_data.flow_io import FLOW_SUFFIXES, write_flow
@@ -65,8 +65,10 @@ def read_frame(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return to_rgb(image, str(path))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no image that can be read") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # UnidentifiedImageError is one too
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
 
 
 def write(path: Path, flow: torch.Tensor, png_format: str) -> None:

@@ -13,16 +13,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from flow_data.sampling import RunSampler, TrainingPairs, use_one_thread
 from flow_training import hub
-from flow_training.checkpoints import RunProgress, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from flow_training.checkpoints import (
+    RunProgress,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_later_checkpoints,
+)
 from flow_training.config import TrainingConfig, accumulation_steps, parse_config
 from flow_training.data import training_pairs, validation_sets
-from flow_training.evaluation import evaluate_sets
+from flow_training.evaluation import check_precision, evaluate_sets
 from flow_training.metrics import ERROR_SUMS, error_sums, ratios
 from flow_training.optimization import make_optimizer, make_schedule
 from flow_training.run_log import FILE_NAME, RunLog
@@ -53,13 +61,16 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.register_for_checkpointing(schedule, progress)
     if checkpoint is not None:
         load_checkpoint(accelerator, checkpoint)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         log = RunLog(output_dir, progress.step)
+        set_aside_later_checkpoints(output_dir, progress.step)
     batches = make_batches(config, pairs, progress.step, accelerator)
 
     model.train()
     reports: dict[str, dict[str, Any]] = {}
     started = logged = time.perf_counter()
+    logged_step = progress.step
     micro_batches: list[tuple[list[str], Tensor]] = []  # (ids, loss) of this step so far
     step_errors = torch.zeros(len(ERROR_SUMS), device=accelerator.device)
     bar = tqdm(
@@ -94,16 +105,14 @@ def main(argv: list[str] | None = None) -> None:
 
         if step % config.logging_steps == 0:
             now = time.perf_counter()
-            pairs_per_second = float(progress.sums[0]) * config.total_batch_size / (now - logged)
+            pairs_per_second = (step - logged_step) * config.total_batch_size / (now - logged)
             figures = log_figures(progress.sums, learning_rate, pairs_per_second)
             progress.sums.zero_()
-            logged = now
+            logged, logged_step = now, step
             bar.set_postfix(loss=f"{figures['loss']:.3f}", epe=f"{figures['epe']:.3f}")
             accelerator.log(figures, step=step)
             if accelerator.is_main_process:
                 log.write({"step": step, **figures})
-        if step % config.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
         if validation and (step % config.validation_steps == 0 or step == config.max_train_steps):
             paused = time.perf_counter()
             reports = evaluate_sets(unwrap(accelerator, model), validation, accelerator)
@@ -119,7 +128,13 @@ def main(argv: list[str] | None = None) -> None:
                     epe, zero = report["metrics"]["epe"], report["zero_flow_epe"]
                     bar.write(f"step {step}: {name} epe {epe:.3f} px (zero flow: {zero:.3f})")
             logged += time.perf_counter() - paused  # validation is not training time
+        # Last, so that all lines of the log up to a checkpoint's step are written when it is.
+        if step % config.checkpointing_steps == 0:
+            save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
     bar.close()
+
+    if validation and not reports:  # a finished run was resumed: its card still needs the figures
+        reports = evaluate_sets(unwrap(accelerator, model), validation, accelerator)
 
     if accelerator.is_main_process:
         seconds = time.perf_counter() - started
@@ -140,8 +155,7 @@ def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfi
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         step_scheduler_with_optimizer=False,
     )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision fp16 needs a GPU, and this runs on a CPU; use bf16, or no")
+    check_precision(accelerator)
     # Only now is the number of processes known.
     per_device, accelerator.gradient_accumulation_steps = accumulation_steps(
         config.total_batch_size, config.per_device_train_batch_size, accelerator.num_processes
@@ -156,7 +170,10 @@ def prepare_output_dir(config: TrainingConfig, output_dir: Path, accelerator: Ac
     checkpoint = None
     if config.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(config.resume_from_checkpoint, output_dir)
-    elif (output_dir / FILE_NAME).exists() or list_checkpoints(output_dir):
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir: {output_dir} is a file")
+    goes_on_here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    if not goes_on_here and ((output_dir / FILE_NAME).exists() or list_checkpoints(output_dir)):
         raise ValueError(
             f"{output_dir} holds an earlier run: go on with it (--resume_from_checkpoint latest), "
             "choose another output_dir, or remove it"
@@ -173,6 +190,7 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
         "loss_gamma": config.gamma,
         "loss_max_flow": config.max_flow,
         "freeze_batch_norm": config.freeze_batch_norm,
+        "num_flow_updates": config.num_flow_updates,
     }
     if config.model_name_or_path is not None:
         model = load_raft(config.model_name_or_path, **overrides)
@@ -182,7 +200,10 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
             if name not in known:
                 raise ValueError(f"config_overrides: RaftConfig has no field {name}")
         make_config = RaftConfig.small if config.model_size == "small" else RaftConfig
-        model = RaftForOpticalFlow(make_config(**{**config.config_overrides, **overrides}))
+        try:
+            model = RaftForOpticalFlow(make_config(**{**config.config_overrides, **overrides}))
+        except StrictDataclassError as error:
+            raise ValueError(f"config_overrides: {error}") from error
     smallest = model.config.min_image_size
     if min(config.crop_size) < smallest:
         raise ValueError(f"crop_size must be at least {smallest} with this model; got {config.crop_size}")
@@ -243,8 +264,8 @@ def stop_if_not_finite(
     suspects = gather_object(suspects)
     sys.exit(
         f"train_flow.py: error: the {what} of step {step} is not finite; its pairs: {', '.join(suspects)}. "
-        "The weights of the step before are untouched in the last checkpoint. Look at these pairs; if they are sound, "
-        "lower the learning rate or train without fp16."
+        "No optimizer step was taken with it, and checkpoints are as they were. Look at these pairs; if they "
+        "are sound, lower the learning rate or train without fp16."
         if accelerator.is_main_process
         else 1
     )

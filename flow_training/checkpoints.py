@@ -56,6 +56,10 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
     path = Path(resume_from)
     if not path.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: no such folder: {path}")
+    if not NAME.fullmatch(path.resolve().name):
+        raise FileNotFoundError(
+            f"resume_from_checkpoint: {path} is no checkpoint: give its checkpoint-STEP folder, or 'latest'"
+        )
     return path
 
 
@@ -86,6 +90,19 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total
 def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     """Put every registered object of all processes back into the state saved in `path`."""
     accelerator.load_state(str(path))
+
+
+def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints after `step`: a run that goes on from it writes these steps anew.
+
+    Left as they are, they would count as the latest, and push new ones out of a total limit.
+    """
+    for path in list_checkpoints(output_dir):
+        if int(path.name.rpartition("-")[2]) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(path, target)
 
 
 def _flush(path: Path) -> None:

@@ -21,7 +21,7 @@ class YamlMapping(dict):
     """A mapping; on the command line it is YAML text in quotes."""
 
     def __init__(self, value: Any = ()):
-        loaded = yaml.safe_load(value) if isinstance(value, str) else dict(value)
+        loaded = _load_yaml(value) if isinstance(value, str) else dict(value)
         if not isinstance(loaded, dict):
             raise argparse.ArgumentTypeError(f"expected a mapping like '{{name: value}}'; got {value!r}")
         super().__init__(loaded)
@@ -31,7 +31,14 @@ class YamlValue:
     """Any YAML value, from its text."""
 
     def __new__(cls, text: str) -> Any:
+        return _load_yaml(text)
+
+
+def _load_yaml(text: str) -> Any:
+    try:
         return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML: {error}") from error
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -103,7 +110,7 @@ class TrainingConfig:
     # watching and keeping
     logging_steps: int = option(100, "A line in train_log.jsonl every so many steps.")
     report_to: Literal["tensorboard", "none"] = option("tensorboard", "Where else figures go.")
-    validation_sets: list[str] = option([], "SOURCE or SOURCE:SPLIT, each by its published protocol.")
+    validation_sets: list[str] = option([], "SOURCE or SOURCE:SPLIT, each by its published protocol; nothing: none.")
     validation_steps: int = option(5000, "Validate every so many steps, and at the end.")
     checkpointing_steps: int = option(5000, "Save a checkpoint every so many steps.")
     checkpoints_total_limit: int | None = option(None, "Keep only so many newest checkpoints; default: all.")
@@ -134,7 +141,7 @@ class TrainingConfig:
 
     def _check_ranges(self) -> None:
         parsed: Any = self.zoom_range
-        if len(parsed) == 1 and isinstance(parsed, list) and isinstance(parsed[0], dict):  # the flag's mapping
+        if len(parsed) == 1 and isinstance(parsed, list) and isinstance(parsed[0], (dict, list)):  # one YAML text
             self.zoom_range = parsed[0]  # type: ignore[assignment]
         for source in self.zoom_ranges():
             if source != "default":
@@ -207,11 +214,12 @@ class TrainingConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Every value but the token, in types that YAML knows."""
+        """Every value that makes the run, so not the token, in types that YAML knows."""
         values = dataclasses.asdict(self) | {
             name: dict(getattr(self, name)) for name in ("train_mix", "config_overrides")
         }
         values.pop("hub_token")
+        values.pop("resume_from_checkpoint")  # of this start, not of the run
         return values
 
 
@@ -246,6 +254,7 @@ class FlagParser(HfArgumentParser):
         usage = "%(prog)s --config configs/NAME.yaml [--flag value ...]     (--help lists all flags)"
         super().__init__(dataclass_type, allow_abbrev=False, usage=usage, **kwargs)
         self.type_hints = get_type_hints(dataclass_type)
+        self._option_string_actions["--validation_sets"].nargs = "*"  # none at all, where the file names some
         self.add_argument("--config", help="YAML file of settings; flags win over it")
         for field in dataclasses.fields(dataclass_type):
             if self.type_hints[field.name] is bool and field.default is False:

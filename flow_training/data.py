@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flow_data.augmentation import augment_dense, augment_sparse
+from flow_data.features import OpticalFlow
 from flow_data.sampling import MixSource, TrainingPairs
 from flow_data.sources import SOURCES, SPARSE_SOURCES, load_source
 from flow_data.synthetic import synthetic
@@ -23,7 +24,10 @@ def open_dataset(config: TrainingConfig, source: str, split: str) -> Any:
         num_pairs = config.synthetic_num_pairs if training else config.synthetic_validation_pairs
         return synthetic(config.synthetic_options(), split=split, num_pairs=num_pairs)
     folder = SOURCES[source].folder
-    return load_source(source, Path(config.data_root) / str(folder), split)
+    dataset = load_source(source, Path(config.data_root) / str(folder), split)
+    if dataset.cast_column("flow", OpticalFlow(decode=False))[0]["flow"] is None:
+        raise ValueError(f"{source}: the split {split} has no ground truth; it is for submissions")
+    return dataset
 
 
 def training_pairs(config: TrainingConfig) -> TrainingPairs:

@@ -30,6 +30,8 @@ class Protocol:
     split: str
 
 
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # mixed_precision -> what it computes in
+
 SINTEL = Protocol(num_flow_updates=32, padding="split", split="training")
 KITTI = Protocol(num_flow_updates=24, padding="bottom", split="training")
 PROTOCOLS = {
@@ -43,6 +45,14 @@ PROTOCOLS = {
     "hd1k": KITTI,
     "synthetic": Protocol(num_flow_updates=32, padding="split", split="validation"),
 }
+
+
+def check_precision(accelerator: Accelerator) -> None:
+    """Refuse a precision that accelerate would silently not use."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU, and this runs on a CPU; use bf16, or no")
+    if accelerator.mixed_precision not in DTYPES:
+        raise ValueError(f"mixed_precision must be one of {', '.join(DTYPES)}; got {accelerator.mixed_precision}")
 
 
 def evaluate(
@@ -99,9 +109,7 @@ def evaluate(
         "protocol": {
             "num_flow_updates": num_flow_updates or protocol.num_flow_updates,
             "padding": protocol.padding,
-            "dtype": {"no": str(model.dtype).removeprefix("torch."), "bf16": "bfloat16", "fp16": "float16"}[
-                accelerator.mixed_precision
-            ],
+            "dtype": DTYPES[accelerator.mixed_precision],
         },
         "metrics": summarize(pair_sums),
         "zero_flow_epe": ratios(zero_sums.sum(0))["epe"],

@@ -5,12 +5,15 @@ python -m modeling_raft.convert_raft_checkpoint raft-things.pth raft-things/
 
 import argparse
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .configuration_raft import RaftConfig
 from .image_processing_raft import RaftImageProcessor
@@ -111,13 +114,17 @@ def convert_file(path: str | os.PathLike) -> RaftForOpticalFlow:
     """
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:  # damaged files raise whatever the unpickler stumbles over
         raise ValueError(f"{path} cannot be read as a file of weights: {error}") from error
     # Training scripts, torchvision's too, keep the weights beside the optimizer's state.
     for key in ("model", "state_dict"):
         if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
+    ):
         raise ValueError(f"{path} holds no state dict (names to tensors)")
     try:
         return convert_state_dict(state_dict)
@@ -131,13 +138,34 @@ def load_raft(source: str | os.PathLike, **overrides) -> RaftForOpticalFlow:
     Args:
         source: Folder of `save_pretrained`, repository id, or a file that ends in .pth or .pt.
         overrides: Fields of `RaftConfig` that win over those of the source and change no weight.
+
+    Raises:
+        ValueError: What is there is no RAFT model, or not all of one; the message lists the weights that do not fit.
+        OSError: Nothing is there.
     """
     if Path(source).suffix in WEIGHT_FILE_SUFFIXES:
         model = convert_file(source)
         for name, value in overrides.items():
             setattr(model.config, name, value)
         return model
-    return RaftForOpticalFlow.from_pretrained(source, dtype=torch.float32, **overrides)
+    try:
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        if model_type != RaftConfig.model_type:
+            raise ValueError(f"{source} holds a model of type {model_type}, not {RaftConfig.model_type}")
+        loaded: Any = RaftForOpticalFlow.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **overrides
+        )
+    except OSError as error:
+        raise OSError(f"{source} is no folder with a model, and no repository that can be reached: {error}") from error
+    except (SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    model, report = loaded
+    # from_pretrained would go on with random weights in their place.
+    problems = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
+    if problems:
+        lines = [f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, keys)))}" for name, keys in problems.items()]
+        raise ValueError(f"{source}: not the weights of this RAFT model:\n  " + "\n  ".join(lines))
+    return model
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -110,12 +110,16 @@ class RaftImageProcessor(TorchvisionBackend):
         pairs = [torch.cat(processed[i : i + 2]) for i in range(0, len(processed), 2)]  # each (2, 3, H, W)
         return BatchFeature(data={"pixel_values": pairs}, tensor_type=return_tensors)
 
-    def post_process_optical_flow(self, outputs: Any, target_sizes: Any = None) -> list[dict[str, Tensor]]:
+    def post_process_optical_flow(
+        self, outputs: Any, target_sizes: Any = None, height_padding: str | None = None, min_size: int | None = None
+    ) -> list[dict[str, Tensor]]:
         """Take the padding off the flow.
 
         Args:
             outputs: `RaftOutput`, its flow `(B, 2, H, W)`.
             target_sizes: (height, width) of each pair's images before they were padded; None: keep the padding.
+            height_padding: As it was given to `preprocess`; None: the processor's own.
+            min_size: Likewise.
 
         Returns:
             For each pair `{"flow": (2, height, width)}` in pixels.
@@ -123,6 +127,9 @@ class RaftImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: Not one size for each pair, or a size that this processor does not pad to that of the flow.
         """
+        height_padding = self.height_padding if height_padding is None else height_padding
+        min_size = self.min_size if min_size is None else min_size
+        _check_height_padding(height_padding)
         flow = outputs.flow
         if target_sizes is None:
             return [{"flow": pair_flow} for pair_flow in flow]
@@ -133,7 +140,7 @@ class RaftImageProcessor(TorchvisionBackend):
         results = []
         for pair_flow, size in zip(flow, target_sizes, strict=True):
             height, width = (int(side) for side in size)
-            left, right, top, bottom = image_padding(height, width, self.height_padding, self.min_size)
+            left, right, top, bottom = image_padding(height, width, height_padding, min_size)
             padded = (top + height + bottom, left + width + right)
             if padded != tuple(pair_flow.shape[-2:]):
                 raise ValueError(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flow_training.checkpoints import find_checkpoint, list_checkpoints
+from flow_training.checkpoints import find_checkpoint, list_checkpoints, set_aside_later_checkpoints
 from flow_training.run_log import FILE_NAME, RunLog, read_log
 
 
@@ -21,6 +21,19 @@ def test_a_missing_checkpoint_is_an_error(tmp_path):
         find_checkpoint("latest", tmp_path)
     with pytest.raises(FileNotFoundError, match="checkpoint-7"):
         find_checkpoint(str(tmp_path / "checkpoint-7"), tmp_path)
+
+
+def test_what_is_no_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no checkpoint: give its checkpoint-STEP folder"):
+        find_checkpoint(str(tmp_path), tmp_path)
+
+
+def test_checkpoints_of_an_abandoned_course_are_not_the_latest(tmp_path):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    set_aside_later_checkpoints(tmp_path, 4)
+    assert find_checkpoint("latest", tmp_path).name == "checkpoint-4"
+    assert (tmp_path / "abandoned-checkpoint-6").is_dir()  # no work is lost
 
 
 def test_log_has_each_step_once_after_a_resume(tmp_path):

@@ -109,6 +109,7 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("", ["--train_mix", "{flying_chairs: 0.5}"], "flying_chairs needs a whole number of at least 1; got 0.5"),
         ("", ["--train_mix", "flying_chairs"], "expected a mapping"),
         ("", ["--train_mix", "{}"], "train_mix is empty"),
+        ("", ["--train_mix", "{synthetic: 1"], "is no YAML"),
         ("", ["stray"], "'stray' belongs to no flag"),
         ("- a list", [], "is no YAML"),
         ("config_overrides: {a: 1}\nmodel_name_or_path: x", [], "config_overrides shape a model from scratch"),
@@ -121,6 +122,11 @@ def test_mistakes_are_one_clear_line(tmp_path, capsys, text, flags, message):
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+def test_text_of_yaml_is_a_range_and_an_empty_list_switches_off(tmp_path):
+    config = parse_yaml(tmp_path, "validation_sets: [synthetic]", "--zoom_range", "[-0.1, 0.2]", "--validation_sets")
+    assert config.zoom_range_of("synthetic") == (-0.1, 0.2) and config.validation_sets == []
 
 
 def test_required_settings_and_missing_files_are_named(tmp_path, capsys):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_modeling_raft import BUILDERS, images, tiny_config
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -82,9 +83,15 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             convert_file(path)
         assert str(path) in str(error.value)
-    path.write_bytes(b"no weights at all")
-    with pytest.raises(ValueError, match="cannot be read"):
+    torch.save({1: torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="no state dict"):
         convert_file(path)
+    whole = tmp_path / "whole.pth"
+    torch.save(BUILDERS["small"]().state_dict(), whole)
+    for damaged in (b"no weights at all", b"hello world\n", b"", whole.read_bytes()[:5000]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be read"):
+            convert_file(path)
     with pytest.raises(FileNotFoundError):
         convert_file(tmp_path / "missing.pth")
 
@@ -204,3 +211,31 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 """
+
+
+def test_weights_that_do_not_fit_are_never_replaced_by_random_ones(tmp_path):
+    RaftForOpticalFlow(tiny_config()).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    bias = weights.pop("context_encoder.projection.bias")
+    for changed, message in (
+        (weights, "missing keys: context_encoder.projection.bias"),
+        (weights | {"context_encoder.projection.bias": bias[:3].clone()}, "mismatched keys: .*projection.bias"),
+        (weights | {"context_encoder.projection.bias": bias, "extra": bias.clone()}, "unexpected keys: extra"),
+    ):
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_raft(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_raft(tmp_path)
+
+
+def test_other_models_and_nothing_at_all_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="a model of type bert, not raft"):
+        load_raft(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "raft", "encoder_widths": [1, 2]}')
+    with pytest.raises(ValueError, match="encoder_widths needs 4 entries"):
+        load_raft(tmp_path)
+    with pytest.raises(OSError, match="nowhere is no folder with a model"):
+        load_raft(tmp_path / "nowhere")

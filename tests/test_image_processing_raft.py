@@ -100,6 +100,15 @@ def test_different_sizes_are_refused():
         RaftImageProcessor()([frame(64, 64), frame(64, 72)], return_tensors="pt")
 
 
+def test_padding_chosen_in_the_call_is_taken_off_again():
+    processor, image = RaftImageProcessor(), frame(68, 70)
+    options = {"height_padding": "bottom", "min_size": 80}
+    pixel_values = processor([image, image], return_tensors="pt", **options).pixel_values
+    outputs = RaftOutput(flow=pixel_values[:, 0, :2])
+    flow = processor.post_process_optical_flow(outputs, [(68, 70)], **options)[0]["flow"]
+    torch.testing.assert_close(flow, torch.from_numpy(image[..., :2]).permute(2, 0, 1) / 127.5 - 1, atol=1e-6, rtol=0)
+
+
 def test_wrong_target_sizes_are_refused():
     processor, outputs = RaftImageProcessor(), RaftOutput(flow=torch.zeros(1, 2, 64, 72))
     with pytest.raises(ValueError, match="padded to 64 x 80, but the flow is 64 x 72"):

@@ -104,7 +104,7 @@ def test_a_run_leaves_what_is_promised(finished_run):
     assert {name for name in names if "checkpoint" in name} == {"checkpoint-3", "checkpoint-4"}
     assert any((finished_run / "logs").rglob("events.out.tfevents.*"))
     model = RaftForOpticalFlow.from_pretrained(finished_run)
-    assert model.config.corr_radius == 2 and model.config.loss_gamma == 0.8
+    assert (model.config.corr_radius, model.config.loss_gamma, model.config.num_flow_updates) == (2, 0.8, 2)
     RaftImageProcessor.from_pretrained(finished_run)
 
 
@@ -197,6 +197,9 @@ def test_bf16_trains_and_is_not_float32(finished_run, tmp_path):
         ({"per_device_train_batch_size": "3"}, ["total_batch_size 4 cannot be cut", "the next that can is 6"]),
         ({"crop_size": "56 64"}, ["crop_size must be at least 64"]),
         ({"config_overrides": "{corr_level: 3}"}, ["RaftConfig has no field corr_level"]),
+        ({"config_overrides": "{corr_levels: 0}"}, ["corr_levels must be at least 1; got 0"]),
+        ({"config_overrides": "{feature_dim: abc}"}, ["config_overrides", "feature_dim"]),
+        ({"config_overrides": None, "model_name_or_path": "outputs/nowhere"}, ["outputs/nowhere is no folder"]),
         ({"synthetic_textures": "no_pictures_here"}, ["no_pictures_here"]),
     ],
 )
@@ -211,9 +214,13 @@ def test_mistakes_stop_the_run_before_it_starts(settings, messages, tmp_path):
 
 
 def test_an_earlier_run_is_not_overwritten(finished_run):
+    other = train(finished_run.parent / "other", checkpointing_steps="2", max_train_steps="2")
+    assert other.returncode == 0, other.stderr
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
-    result = train(finished_run)
-    assert result.returncode != 0 and "holds an earlier run" in result.stderr
+    elsewhere = ["--resume_from_checkpoint", str(finished_run.parent / "other" / "checkpoint-2")]
+    for switches in ([], elsewhere):
+        result = train(finished_run, *switches)
+        assert result.returncode != 0 and "holds an earlier run" in result.stderr
     assert before == {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if path.is_file()}
 
 
@@ -230,6 +237,16 @@ def test_a_loss_that_is_not_finite_stops_with_the_pairs(tmp_path):
     assert "the loss of step 1 is not finite" in result.stderr
     assert result.stderr.count("synthetic/training/") == 4  # the four pairs of that step
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_split_without_truth_is_refused_at_the_start(tmp_path):
+    folder = tmp_path / "Sintel" / "test" / "clean" / "scene"
+    folder.mkdir(parents=True)
+    for i in (1, 2):
+        cv2.imwrite(str(folder / f"frame_000{i}.png"), np.zeros((72, 88, 3), np.uint8))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match="sintel_clean: the split test has no ground truth"):
+        main(flags(tmp_path / "run", data_root=str(tmp_path), validation_sets="sintel_clean:test"))
 
 
 def test_fine_tunes_from_a_folder_on_files(finished_run, tmp_path):
