@@ -1,0 +1,56 @@
+"""What flow and mask files may ask for: sizes are believed only after they were compared with the bytes there are."""
+
+import zlib
+
+MAX_PIXELS = 2**26  # twice an 8K frame; only a damaged header asks for more
+MAX_FILE_BYTES = MAX_PIXELS * 17 + 2**16  # the widest pixel is two float64 and a bool, in an uncompressed .npz
+
+DEFLATE_MAX_RATIO = 1032  # zlib cannot expand a byte into more
+
+
+def check_size(name: str, width: int, height: int, expected: int, received: int) -> None:
+    """Compare what a header promises with what there is, before anything of that size is allocated.
+
+    Args:
+        name: errors are told with it.
+        width: pixels, as the header says.
+        height: pixels, as the header says.
+        expected: bytes that a file of that size has.
+        received: bytes that there are.
+
+    Raises:
+        ValueError: no size of 1 to `MAX_PIXELS` pixels, or a file that is truncated or too long for it.
+    """
+    if width <= 0 or height <= 0 or width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: expected a size of 1 to {MAX_PIXELS} pixels, the header says {width} x {height}")
+    if received < expected:
+        raise ValueError(f"{name}: truncated: {width} x {height} needs {expected} bytes, the file holds {received}")
+    if received > expected:
+        raise ValueError(f"{name}: too long: {width} x {height} needs {expected} bytes, the file holds {received}")
+
+
+def inflate(stream: bytes, expected: int, name: str) -> bytes:
+    """Decompress one zlib stream (RFC 1950) that must hold a known number of bytes; its checksum is compared.
+
+    Args:
+        stream: the whole stream.
+        expected: bytes it must expand to; never much more is allocated, whatever the stream asks for.
+        name: errors are told with it.
+
+    Returns:
+        The `expected` bytes.
+
+    Raises:
+        ValueError: damaged, truncated, or of another length.
+    """
+    inflater = zlib.decompressobj()
+    try:
+        data = inflater.decompress(stream, expected + 1)
+    except zlib.error as error:
+        raise ValueError(f"{name}: damaged: {error}") from error
+    if len(data) != expected:
+        fault, received = ("too long", "more") if len(data) > expected else ("truncated", str(len(data)))
+        raise ValueError(f"{name}: {fault}: expected {expected} bytes of compressed data, received {received}")
+    if not inflater.eof or inflater.unused_data:
+        raise ValueError(f"{name}: damaged: its compressed data does not end where it should")
+    return data

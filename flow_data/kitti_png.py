@@ -1,0 +1,59 @@
+"""KITTI's flow files (also HD1K's): 16-bit RGB PNG, steps of 1/64 pixel in [-512, 512).
+
+Red is u, green v, blue is 0 where flow is unknown (KITTI's development kit). OpenCV reads and writes the pixels, since
+Pillow cuts them to 8 bits.
+"""
+
+import cv2
+import numpy as np
+
+from flow_data.png_files import PNG_RGB, plain_png, read_png
+
+OFFSET, SCALE = 2**15, 64
+
+
+def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decode the content of a KITTI flow file.
+
+    Args:
+        data: the whole file.
+        name: errors are told with it.
+
+    Returns:
+        `(H, W, 2)` float32 flow in pixels, and `(H, W)` bool, True where it is known.
+
+    Raises:
+        ValueError: damaged, truncated, too long, or another kind of PNG.
+    """
+    header, compressed = read_png(data, name)
+    if (header.depth, header.colour) != (16, PNG_RGB):
+        raise ValueError(f"{name}: not a flow: expected a 16-bit RGB PNG, received a {header}")
+    png = plain_png(header, compressed, name)
+    codes = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    if codes is None or codes.dtype != np.uint16 or codes.shape != (header.height, header.width, 3):
+        received = None if codes is None else f"{codes.dtype} {codes.shape}"
+        raise ValueError(f"{name}: damaged PNG: expected uint16 (H, W, 3), decoded {received}")
+    blue, green, red = cv2.split(codes)  # planes are much faster than slices of interleaved channels
+    flow = cv2.merge([red, green]).astype(np.float32)
+    flow -= OFFSET
+    flow /= SCALE
+    return flow, blue > 0
+
+
+def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> bytes:
+    """Encode flow as the content of a KITTI file, rounded to the nearest 1/64 pixel.
+
+    Args:
+        flow: `(H, W, 2)` floating, pixels. What is outside [-512, 512) after rounding is written as unknown.
+        valid: `(H, W)` bool; flow is finite where it is True.
+
+    Returns:
+        The whole file.
+    """
+    codes = np.rint(np.where(valid[..., None], flow, 0).astype(np.float64) * SCALE + OFFSET)
+    valid = valid & ((codes >= 0) & (codes < 2**16)).all(axis=-1)
+    codes = np.where(valid[..., None], codes, 0).astype(np.uint16)  # KITTI's own files: 0 in all three channels
+    encoded, buffer = cv2.imencode(".png", np.dstack([valid.astype(np.uint16), codes[..., 1], codes[..., 0]]))
+    if not encoded:
+        raise ValueError(f"OpenCV cannot encode a PNG of {flow.shape[1]} x {flow.shape[0]}")
+    return buffer.tobytes()

@@ -1,0 +1,56 @@
+"""Masks of pixels as files: grey PNG of any depth, and NumPy arrays.
+
+A mask is `(H, W)` bool. In a file, a pixel is True where it is not 0.
+"""
+
+from pathlib import PurePath
+
+import cv2
+import numpy as np
+
+from flow_data.numpy_files import decode_npy
+from flow_data.png_files import PNG_GREY, PNG_PALETTE, plain_png, read_png
+
+
+def decode_mask(data: bytes, name: str) -> np.ndarray:
+    """Decode the content of a mask file.
+
+    Args:
+        data: the whole file: `.npy` (bool or integers) or, whatever its suffix, a PNG, grey or of palette indices (the
+            index counts, not its colour).
+        name: file name or path; errors are told with it.
+
+    Returns:
+        `(H, W)` bool, True where the file is not 0.
+
+    Raises:
+        ValueError: damaged, truncated, too long, or no mask.
+    """
+    if PurePath(name).suffix.lower() == ".npy":
+        values = decode_npy(data, name, kinds="biu")
+        if values.ndim != 2:
+            raise ValueError(f"{name}: not a mask: expected shape (H, W), received {values.shape}")
+        return values != 0
+    header, compressed = read_png(data, name)
+    if header.colour not in (PNG_GREY, PNG_PALETTE):
+        raise ValueError(f"{name}: not a mask: expected a grey PNG, received a {header}")
+    png = plain_png(header._replace(colour=PNG_GREY), compressed, name)
+    pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.shape != (header.height, header.width):
+        raise ValueError(f"{name}: damaged PNG: expected a {header} of {header.width} x {header.height}")
+    return pixels != 0
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """Encode `(H, W)` bool as an 8-bit grey PNG of 0 and 255.
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 2 or 0 in mask.shape:
+        received = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+        raise ValueError(f"expected a mask of type bool and shape (H, W), received {received}")
+    encoded, buffer = cv2.imencode(".png", mask.astype(np.uint8) * 255)
+    if not encoded:
+        raise ValueError(f"OpenCV cannot encode a PNG of {mask.shape[1]} x {mask.shape[0]}")
+    return buffer.tobytes()
