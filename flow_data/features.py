@@ -10,15 +10,17 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 from datasets import Features, Image, Value
 from datasets.features.features import register_feature
 
 from flow_data.flow_io import decode_flow, encode_flow, read_flow
+from flow_data.images import read_rgb
+from flow_data.masks import decode_mask, encode_mask
 
 
 @dataclass
@@ -27,9 +29,12 @@ class OpticalFlow:
 
     Args:
         decode: give `{"flow", "valid"}` arrays; False gives the stored `{"bytes", "path"}`.
+        stride: keep every so many rows and columns of a field that is finer than its frames, as Spring's; the vectors
+            are in pixels of the frames already. Arrays are the size of the frames, and are stored as fine.
     """
 
     decode: bool = True
+    stride: int = 1
     id: str | None = field(default=None, repr=False)
     dtype: ClassVar[str] = "dict"
     pa_type: ClassVar[Any] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -57,9 +62,9 @@ class OpticalFlow:
         if isinstance(value, os.PathLike):
             return {"bytes": None, "path": os.path.abspath(value)}
         if isinstance(value, tuple) and len(value) == 2:
-            return {"bytes": encode_flow(*value, ".flo"), "path": None}
+            return {"bytes": self._encode_arrays(*value), "path": None}
         if isinstance(value, Mapping) and "flow" in value:
-            return {"bytes": encode_flow(value["flow"], value.get("valid"), ".flo"), "path": None}
+            return {"bytes": self._encode_arrays(value["flow"], value.get("valid")), "path": None}
         if isinstance(value, Mapping) and not (value.get("bytes") is None and value.get("path") is None):
             return {"bytes": value.get("bytes"), "path": value.get("path")}
         raise ValueError(f"expected a path, a dict with 'bytes' or 'path', or (flow, valid), received {value!r:.200}")
@@ -89,6 +94,8 @@ class OpticalFlow:
         if data is None and path is None:
             raise ValueError("expected 'bytes' or 'path' of a flow file, received neither")
         flow, valid = read_flow(path) if data is None else decode_flow(data, path or "bytes.flo")
+        if self.stride > 1:  # copied, for what does not like views
+            flow, valid = (array[:: self.stride, :: self.stride].copy() for array in (flow, valid))
         return {"flow": flow, "valid": valid}
 
     def cast_storage(self, storage: pa.Array) -> pa.StructArray:
@@ -103,13 +110,7 @@ class OpticalFlow:
         """
         if pa.types.is_struct(storage.type) and storage.type.get_field_index("flow") >= 0:
             storage = pa.array([None if row is None else self._encode_lists(**row) for row in storage.to_pylist()])
-        elif pa.types.is_struct(storage.type):
-            names = {storage.type.field(i).name for i in range(storage.type.num_fields)}
-            if not names & {"bytes", "path"}:
-                raise ValueError(f"expected a column with 'bytes' or 'path', received one with {sorted(names)}")
-        elif not any(kind(storage.type) for kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
-            raise ValueError(f"expected a column of paths or of 'bytes' and 'path', received {storage.type}")
-        return Image().cast_storage(storage)  # the stored form is the same
+        return _cast_files(storage)
 
     def embed_storage(self, storage: pa.StructArray, **options: Any) -> pa.StructArray:
         """Read the files into the column, so that Parquet is self-contained; of a path the base name remains.
@@ -130,16 +131,119 @@ class OpticalFlow:
         """The feature itself, or its stored columns when decoding is switched off."""
         return self if self.decode else {"bytes": Value("binary"), "path": Value("string")}
 
+    def _encode_arrays(self, flow: np.ndarray, valid: np.ndarray | None) -> bytes:
+        if self.stride > 1 and isinstance(flow, np.ndarray):
+            flow = flow.repeat(self.stride, 0).repeat(self.stride, 1)
+        if self.stride > 1 and isinstance(valid, np.ndarray):
+            valid = valid.repeat(self.stride, 0).repeat(self.stride, 1)
+        return encode_flow(flow, valid, ".flo")
+
     def _encode_lists(self, flow: list, valid: list | None = None) -> dict[str, Any]:
         mask = None if valid is None else np.array(valid, bool)
         return self.encode_example((np.array(flow, np.float32), mask))
 
 
+@dataclass
+class ValidMask:
+    """Column of masks that say where flow is known, decoded lazily; null where there is none.
+
+    Args:
+        decode: give `(H, W)` bool arrays; False gives the stored `{"bytes", "path"}`.
+        zero_is_valid: the files count reasons against a pixel, as TartanAir's: 0 is valid. Else 0 is not.
+    """
+
+    decode: bool = True
+    zero_is_valid: bool = False
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "numpy.ndarray"
+    pa_type: ClassVar[Any] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    _type: str = field(default="ValidMask", init=False, repr=False)
+
+    def __call__(self) -> pa.DataType:
+        return self.pa_type
+
+    def encode_example(self, value: str | os.PathLike[str] | Mapping[str, Any] | np.ndarray) -> dict[str, Any]:
+        """Bring one value into the form that is stored.
+
+        Args:
+            value: path of a mask file, its `{"bytes", "path"}`, or `(H, W)` bool, True where flow is known.
+
+        Returns:
+            `{"bytes", "path"}`; an array becomes the bytes of a PNG.
+
+        Raises:
+            ValueError: none of these.
+        """
+        if isinstance(value, (str, os.PathLike)):
+            return {"bytes": None, "path": value if isinstance(value, str) else os.path.abspath(value)}
+        if isinstance(value, Mapping) and not (value.get("bytes") is None and value.get("path") is None):
+            return {"bytes": value.get("bytes"), "path": value.get("path")}
+        if isinstance(value, np.ndarray):
+            return {"bytes": encode_mask(~value if self.zero_is_valid else value), "path": None}
+        raise ValueError(f"expected a path, a dict with 'bytes' or 'path', or a mask, received {value!r:.200}")
+
+    def decode_example(
+        self, value: Mapping[str, Any] | np.ndarray, token_per_repo_id: dict[str, str | bool | None] | None = None
+    ) -> np.ndarray:
+        """Decode one stored value.
+
+        Args:
+            value: `{"bytes", "path"}`. Bytes win; a path is a local file.
+            token_per_repo_id: part of the interface of `datasets`, not used.
+
+        Returns:
+            `(H, W)` bool, True where flow is known.
+
+        Raises:
+            RuntimeError: decoding is switched off.
+            ValueError: neither bytes nor path, or a damaged file.
+            OSError: the file cannot be read.
+        """
+        if not self.decode:
+            raise RuntimeError("decoding is switched off: cast the column to ValidMask(decode=True)")
+        if isinstance(value, np.ndarray):
+            return value  # idempotent, as datasets.Image is
+        data, path = value["bytes"], value["path"]
+        if data is None and path is None:
+            raise ValueError("expected 'bytes' or 'path' of a mask file, received neither")
+        mask = decode_mask(Path(path).read_bytes() if data is None else data, path or "bytes.png")
+        return ~mask if self.zero_is_valid else mask
+
+    def cast_storage(self, storage: pa.Array) -> pa.StructArray:
+        """Cast an Arrow column to the stored form, as `OpticalFlow.cast_storage` does, here from lists of bool."""
+        if pa.types.is_list(storage.type) or pa.types.is_large_list(storage.type):
+            rows = (None if row is None else np.array(row, bool) for row in storage.to_pylist())
+            storage = pa.array([None if row is None else self.encode_example(row) for row in rows], self.pa_type)
+        return _cast_files(storage)
+
+    def embed_storage(self, storage: pa.StructArray, **options: Any) -> pa.StructArray:
+        """Read the files into the column, as `OpticalFlow.embed_storage` does."""
+        return Image().embed_storage(storage, **options)
+
+    def flatten(self) -> "ValidMask | dict[str, Value]":
+        """The feature itself, or its stored columns when decoding is switched off."""
+        return self if self.decode else {"bytes": Value("binary"), "path": Value("string")}
+
+
+def _cast_files(storage: pa.Array) -> pa.StructArray:
+    """Paths, or structs with "bytes" or "path", as structs with both."""
+    if pa.types.is_struct(storage.type):
+        names = {storage.type.field(i).name for i in range(storage.type.num_fields)}
+        if not names & {"bytes", "path"}:
+            raise ValueError(f"expected a column with 'bytes' or 'path', received one with {sorted(names)}")
+    elif not any(kind(storage.type) for kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
+        raise ValueError(f"expected a column of paths or of 'bytes' and 'path', received {storage.type}")
+    return Image().cast_storage(storage)  # the stored form is the same
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # datasets calls register_feature experimental, on every import
     register_feature(OpticalFlow, "OpticalFlow")
+    register_feature(ValidMask, "ValidMask")
 
-FLOW_FEATURES = Features({"id": Value("string"), "image1": Image(), "image2": Image(), "flow": OpticalFlow()})
+FLOW_FEATURES = Features(
+    {"id": Value("string"), "image1": Image(), "image2": Image(), "flow": OpticalFlow(), "valid": ValidMask()}
+)
 
 
 class FlowSample(NamedTuple):
@@ -162,7 +266,8 @@ def to_sample(row: Mapping[str, Any]) -> FlowSample:
     """Turn a decoded row of a source into arrays.
 
     Args:
-        row: `id`, PIL images `image1` and `image2`, and `flow` as `OpticalFlow` decodes it.
+        row: `id`; `image1` and `image2`, as PIL images or as stored (`{"bytes", "path"}`); `flow` as `OpticalFlow`
+            decodes it; `valid`, which may be None or absent, as `ValidMask` does.
 
     Returns:
         The sample; grey images are repeated to three channels, an alpha channel is dropped.
@@ -174,20 +279,17 @@ def to_sample(row: Mapping[str, Any]) -> FlowSample:
     name = row["id"]
     if row["flow"] is None:
         raise ValueError(f"{name}: expected ground-truth flow, received none (is this a test split?)")
-    image1, image2 = (to_rgb(row[key], f"{name}: {key}") for key in ("image1", "image2"))
+    image1, image2 = (read_rgb(row[key], f"{name}: {key}") for key in ("image1", "image2"))
     flow, valid = row["flow"]["flow"], row["flow"]["valid"]
+    mask = row.get("valid")
     height, width = image1.shape[:2]
-    for key, array in (("image2", image2), ("flow", flow), ("valid", valid)):
-        if array.shape[:2] != (height, width):
+    for key, array in (("image2", image2), ("flow", flow), ("valid", mask)):
+        if array is not None and array.shape[:2] != (height, width):
             received = f"{array.shape[0]} x {array.shape[1]}"
             raise ValueError(
                 f"{name}: expected {key} of image1's size {height} x {width} (h x w), received {received}"
             )
+    if mask is not None:
+        valid = valid & mask
+        flow = np.where(valid[..., None], flow, np.float32(0))
     return FlowSample(image1, image2, flow, valid)
-
-
-def to_rgb(image: PIL.Image.Image, name: str) -> np.ndarray:
-    # "I;16" and the like would be cut or clipped by Pillow's conversion, without a word.
-    if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
-        raise ValueError(f"{name}: expected an 8-bit RGB or grey image, received Pillow mode {image.mode}")
-    return np.array(image.convert("RGB"))  # a copy: np.asarray gives a read-only view

@@ -1,4 +1,4 @@
-"""The OpticalFlow column and the step from a row to arrays."""
+"""The columns of flow and of masks, and the step from a row to arrays."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.table import embed_table_storage
 
-from flow_data.features import FLOW_FEATURES, OpticalFlow, to_sample
+from flow_data.features import FLOW_FEATURES, OpticalFlow, ValidMask, to_sample
 from flow_data.flow_io import encode_flow, write_flow
+from flow_data.masks import encode_mask
 
 FLOW = (np.arange(24, dtype=np.float32).reshape(3, 4, 2) - 9) / 64
 VALID = np.arange(12).reshape(3, 4) % 5 != 0
@@ -28,7 +29,18 @@ def write_pair(folder: Path, suffix: str = ".flo") -> dict[str, str]:
 
 
 def of_rows(*rows: dict) -> Dataset:
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in FLOW_FEATURES}, features=FLOW_FEATURES)
+    columns = {name: [row.get(name) for row in rows] for name in FLOW_FEATURES}
+    return Dataset.from_dict(columns, features=FLOW_FEATURES)
+
+
+def write_mask(path: Path, mask: np.ndarray = VALID, zero_is_valid: bool = False) -> str:
+    """A mask of 0 and 7, or of 0 and reasons."""
+    values = np.where(mask ^ zero_is_valid, 7, 0).astype(np.uint8)
+    if path.suffix == ".npy":
+        np.save(path, values)
+    else:
+        PIL.Image.fromarray(values).save(path)
+    return str(path)
 
 
 def assert_is_the_flow(value):
@@ -78,10 +90,64 @@ def test_path_objects_become_absolute(tmp_path, monkeypatch):
     assert_is_the_flow(OpticalFlow().decode_example(stored))
 
 
+@pytest.mark.parametrize("feature", [OpticalFlow(), ValidMask()], ids=["flow", "mask"])
 @pytest.mark.parametrize("value", [{}, {"bytes": None, "path": None}, 3, b"PIEH", (1, 2, 3)])
-def test_other_values_are_refused(value):
+def test_other_values_are_refused(feature, value):
     with pytest.raises(ValueError, match="expected a path"):
-        OpticalFlow().encode_example(value)
+        feature.encode_example(value)
+
+
+@pytest.mark.parametrize("zero_is_valid", [False, True])
+@pytest.mark.parametrize("suffix", [".png", ".npy"])
+def test_masks_decode(tmp_path, suffix, zero_is_valid):
+    feature = ValidMask(zero_is_valid=zero_is_valid)
+    path = write_mask(tmp_path / f"mask{suffix}", zero_is_valid=zero_is_valid)
+    data = Path(path).read_bytes()
+    values = [path, {"bytes": data, "path": f"a{suffix}"}, {"bytes": None, "path": path}, VALID, None]
+    dataset = Dataset.from_dict({"valid": values}, features=Features({"valid": feature}))
+    for row in list(dataset)[:-1]:
+        np.testing.assert_array_equal(row["valid"], VALID)
+        assert row["valid"].dtype == bool
+    assert dataset[-1]["valid"] is None
+    assert feature.decode_example(VALID) is VALID
+    assert feature.encode_example(Path(path)) == {"bytes": None, "path": path}
+
+
+def test_masks_are_not_read_before_they_are_looked_at(tmp_path):
+    dataset = Dataset.from_dict({"valid": [str(tmp_path / "gone.png")]}, features=Features({"valid": ValidMask()}))
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        dataset[0]
+    assert dataset.cast_column("valid", ValidMask(decode=False))[0]["valid"]["path"].endswith("gone.png")
+    assert ValidMask(decode=False).flatten() == {"bytes": Value("binary"), "path": Value("string")}
+    assert ValidMask().flatten() == ValidMask()
+    with pytest.raises(RuntimeError, match="decode"):
+        ValidMask(decode=False).decode_example({"bytes": None, "path": "a.png"})
+    with pytest.raises(ValueError, match="received neither"):
+        ValidMask().decode_example({"bytes": None, "path": None})
+
+
+FINE_FLOW = np.random.default_rng(0).standard_normal((6, 8, 2)).astype(np.float32)
+FINE_VALID = np.random.default_rng(1).random((6, 8)) > 0.3
+
+
+def test_stride_is_a_plain_slice(tmp_path):
+    write_flow(tmp_path / "fine.pfm", FINE_FLOW, FINE_VALID)
+    for stride in (1, 2, 3):
+        flow = OpticalFlow(stride=stride).decode_example({"bytes": None, "path": str(tmp_path / "fine.pfm")})
+        expected = np.where(FINE_VALID[..., None], FINE_FLOW, 0)[::stride, ::stride]
+        np.testing.assert_array_equal(flow["flow"], expected)
+        np.testing.assert_array_equal(flow["valid"], FINE_VALID[::stride, ::stride])
+        assert flow["flow"].flags.c_contiguous and flow["flow"].dtype == np.float32
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_arrays_keep_their_size_at_any_stride(stride):
+    feature = OpticalFlow(stride=stride)
+    for value in ((FLOW, VALID), {"flow": FLOW, "valid": VALID}):
+        assert_is_the_flow(feature.decode_example(feature.encode_example(value)))
+    assert feature.decode_example(feature.encode_example((FLOW, None)))["valid"].all()
+    with pytest.raises(ValueError, match="expected flow of shape"):
+        feature.encode_example(([1], None))
 
 
 def test_decoding_can_be_switched_off(tmp_path):
@@ -95,39 +161,62 @@ def test_decoding_can_be_switched_off(tmp_path):
     assert_is_the_flow(dataset.cast_column("flow", OpticalFlow())[0]["flow"])
 
 
-def test_parquet_is_self_contained(tmp_path):
+def load_parquet(tmp_path: Path, streaming: bool = False):
+    files = {"train": str(tmp_path / "pairs.parquet")}
+    return load_dataset("parquet", data_files=files, cache_dir=tmp_path / "cache", split="train", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_is_self_contained(tmp_path, streaming):
     row = write_pair(tmp_path / "a", ".png")
-    dataset = of_rows(row, row | {"id": "no ground truth", "flow": None})
+    row["valid"] = write_mask(tmp_path / "a/mask.npy")
+    dataset = of_rows(row, row | {"id": "no ground truth", "flow": None, "valid": None})
     embedded = dataset.with_format("arrow").map(embed_table_storage, batched=True)  # as push_to_hub does
     embedded.to_parquet(tmp_path / "pairs.parquet")
     for path in (tmp_path / "a").iterdir():
         path.unlink()
-    files = {"train": str(tmp_path / "pairs.parquet")}
-    dataset = load_dataset("parquet", data_files=files, cache_dir=tmp_path / "cache", split="train")
+    dataset = load_parquet(tmp_path, streaming)
     assert dataset.features == FLOW_FEATURES
-    assert_is_the_flow(dataset[0]["flow"])
-    assert dataset[1]["flow"] is None
-    assert dataset[0]["image2"].getpixel((0, 0)) == (0, 0, 255)
-    assert dataset.cast_column("flow", OpticalFlow(decode=False))[0]["flow"]["path"] == "flow.png"
+    first, second = dataset
+    assert_is_the_flow(first["flow"])
+    np.testing.assert_array_equal(first["valid"], VALID)
+    assert second["flow"] is second["valid"] is None
+    assert first["image2"].getpixel((0, 0)) == (0, 0, 255)
+    stored = next(iter(dataset.cast_column("flow", OpticalFlow(decode=False)).cast_column("valid", ValidMask(False))))
+    assert (stored["flow"]["path"], stored["valid"]["path"]) == ("flow.png", "mask.npy")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_keeps_stride_and_meaning(tmp_path, streaming):
+    """Spring's truth is finer than its frames, TartanAir's masks have 0 for valid."""
+    write_flow(tmp_path / "fine.pfm", FINE_FLOW)
+    mask = write_mask(tmp_path / "mask.png", zero_is_valid=True)
+    features = Features({"flow": OpticalFlow(stride=2), "valid": ValidMask(zero_is_valid=True)})
+    dataset = Dataset.from_dict({"flow": [str(tmp_path / "fine.pfm")], "valid": [mask]}, features=features)
+    embedded = dataset.with_format("arrow").map(embed_table_storage, batched=True)
+    embedded.to_parquet(tmp_path / "pairs.parquet")
+    dataset = load_parquet(tmp_path, streaming)
+    assert dataset.features == features
+    (row,) = dataset
+    np.testing.assert_array_equal(row["flow"]["flow"], FINE_FLOW[::2, ::2])
+    np.testing.assert_array_equal(row["valid"], VALID)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_plain_columns_are_cast(tmp_path, streaming):
     """How a data set is published: readers without this package can open it."""
-    plain = Features({"bytes": Value("binary"), "path": Value("string")})
-    stored = {"bytes": encode_flow(FLOW, VALID, ".pfm"), "path": "0006.pfm"}
-    published = Dataset.from_dict({"flow": [stored]}, features=Features({"flow": dict(plain)}))
-    published.to_parquet(tmp_path / "plain.parquet")
-    loaded = load_dataset(
-        "parquet",
-        data_files=str(tmp_path / "plain.parquet"),
-        cache_dir=tmp_path / "cache",
-        split="train",
-        streaming=streaming,
-    )
-    assert_is_the_flow(next(iter(loaded.cast_column("flow", OpticalFlow())))["flow"])
+    plain = {"bytes": Value("binary"), "path": Value("string")}
+    flow, valid = encode_flow(FLOW, VALID, ".pfm"), encode_mask(VALID)
+    rows = {"flow": [{"bytes": flow, "path": "0006.pfm"}], "valid": [{"bytes": valid, "path": "0006.png"}]}
+    published = Dataset.from_dict(rows, features=Features({"flow": dict(plain), "valid": dict(plain)}))
+    published.to_parquet(tmp_path / "pairs.parquet")
+    loaded = load_parquet(tmp_path, streaming).cast_column("flow", OpticalFlow()).cast_column("valid", ValidMask())
+    row = next(iter(loaded))
+    assert_is_the_flow(row["flow"])
+    np.testing.assert_array_equal(row["valid"], VALID)
 
 
+@pytest.mark.parametrize("feature", [OpticalFlow(), ValidMask()], ids=["flow", "mask"])
 @pytest.mark.parametrize(
     "storage",
     [
@@ -138,9 +227,9 @@ def test_plain_columns_are_cast(tmp_path, streaming):
     ],
     ids=["string", "large_string", "without bytes", "other order"],
 )
-def test_storage_is_cast(storage):
-    cast = OpticalFlow().cast_storage(storage)
-    assert cast.type == OpticalFlow.pa_type
+def test_storage_is_cast(feature, storage):
+    cast = feature.cast_storage(storage)
+    assert cast.type == feature.pa_type
     assert cast.to_pylist() == [{"bytes": None, "path": "a.flo"}, None]
 
 
@@ -148,20 +237,37 @@ def test_storage_is_cast(storage):
 def test_other_storage_is_refused(storage):
     with pytest.raises(ValueError, match="expected a column"):
         OpticalFlow().cast_storage(storage)
+    with pytest.raises(ValueError, match="expected a (column|mask)"):
+        ValidMask().cast_storage(storage)
 
 
-def test_map_may_return_decoded_values(tmp_path):
-    def flip(row):
-        flow, valid = row["flow"]["flow"][:, ::-1] * np.float32([-1, 1]), row["flow"]["valid"][:, ::-1]
-        return {"flow": {"flow": flow, "valid": valid}}
-
-    dataset = of_rows(write_pair(tmp_path / "a"))
-    assert_is_the_flow(dataset.map(flip).map(flip)[0]["flow"])
+def flip(row):
+    flow, valid = row["flow"]["flow"][:, ::-1] * np.float32([-1, 1]), row["flow"]["valid"][:, ::-1]
+    mask = None if row["valid"] is None else row["valid"][:, ::-1]
+    return {"flow": {"flow": flow, "valid": valid}, "valid": mask}
 
 
-def test_features_survive_their_schema():
-    assert Features.from_arrow_schema(FLOW_FEATURES.arrow_schema) == FLOW_FEATURES
-    assert Features.from_dict(FLOW_FEATURES.to_dict()) == FLOW_FEATURES
+@pytest.mark.parametrize(("stride", "zero_is_valid"), [(1, False), (2, True)])
+def test_map_may_return_decoded_values(stride, zero_is_valid):
+    features = Features({"flow": OpticalFlow(stride=stride), "valid": ValidMask(zero_is_valid=zero_is_valid)})
+    rows = {"flow": [(FLOW, VALID)] * 2, "valid": [VALID, None]}
+    flipped = Dataset.from_dict(rows, features=features).map(flip)
+    np.testing.assert_array_equal(flipped[0]["valid"], VALID[:, ::-1])
+    twice = flipped.map(flip)
+    assert twice.features == features
+    assert_is_the_flow(twice[0]["flow"])
+    np.testing.assert_array_equal(twice[0]["valid"], VALID)
+    assert twice[1]["valid"] is None
+
+
+@pytest.mark.parametrize(
+    "features",
+    [FLOW_FEATURES, Features({"flow": OpticalFlow(stride=2), "valid": ValidMask(zero_is_valid=True)})],
+    ids=["usual", "unusual"],
+)
+def test_features_survive_their_schema(features):
+    assert Features.from_arrow_schema(features.arrow_schema) == features
+    assert Features.from_dict(features.to_dict()) == features
 
 
 def test_sets_concatenate(tmp_path):
@@ -201,6 +307,17 @@ def test_sizes_must_agree():
         to_sample(row_of(right, wrong))
     with pytest.raises(ValueError, match="alley_1/frame_0001: expected flow .* 4 x 3 .*received 3 x 4"):
         to_sample(row_of(wrong))
+
+
+def test_sample_is_valid_where_flow_and_mask_are():
+    mask = np.arange(12).reshape(3, 4) % 3 != 0
+    sample = to_sample(row_of(PIL.Image.new("RGB", (4, 3)), flow=KNOWN) | {"valid": mask})
+    np.testing.assert_array_equal(sample.valid, VALID & mask)
+    np.testing.assert_array_equal(sample.flow, np.where((VALID & mask)[..., None], FLOW, 0))
+    without = to_sample(row_of(PIL.Image.new("RGB", (4, 3)), flow=KNOWN) | {"valid": None})
+    np.testing.assert_array_equal(without.valid, VALID)
+    with pytest.raises(ValueError, match="alley_1/frame_0001: expected valid .* 3 x 4 .*received 4 x 3"):
+        to_sample(row_of(PIL.Image.new("RGB", (4, 3))) | {"valid": mask.T})
 
 
 def test_a_sample_needs_ground_truth():

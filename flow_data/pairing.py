@@ -1,0 +1,166 @@
+"""Pairs out of files: folders are listed, files are matched by name, and what does not fit is counted and named.
+
+Pairs are made by name, never by list position, as a folder may hold more frames than flows. A folder is listed once
+and no file is asked for on its own: FlyingThings3D has 200,000 of them.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+from datasets import Dataset, Features
+
+from flow_data.features import FLOW_FEATURES
+
+logger = logging.getLogger(__name__)
+
+Choice = TypeVar("Choice")
+
+
+class Pair(NamedTuple):
+    """File record: paths of two frames, of the flow between them and of its mask; None where there is no such file."""
+
+    id: str
+    image1: str | None
+    image2: str | None
+    flow: str | None
+    valid: str | None = None
+
+
+def choose(source: str, what: str, choice: str, choices: Mapping[str, Choice]) -> Choice:
+    """What `choice` stands for, or ValueError with the right names: of a split, say."""
+    if choice not in choices:
+        raise ValueError(f"{source}: expected a {what} of {', '.join(choices)}, received {choice!r}")
+    return choices[choice]
+
+
+def absolute(root: str | os.PathLike[str]) -> str:
+    """Records outlive a change of the working directory."""
+    return os.path.abspath(os.path.expanduser(root))
+
+
+def listing(folder: str) -> set[str]:
+    """Names in a folder; none if there is no such folder."""
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def files(folder: str, *patterns: str) -> dict[str, str]:
+    """The files of a folder whose whole name is one of the patterns: its group -> path. Later patterns win."""
+    names = listing(folder)
+    matches = (map(re.compile(pattern, re.ASCII).fullmatch, names) for pattern in patterns)
+    return {match[1]: f"{folder}/{match[0]}" for found in matches for match in found if match}
+
+
+def shift(number: str, step: int) -> str:
+    """The frame number `step` later, with as many digits."""
+    return f"{int(number) + step:0{len(number)}d}"
+
+
+def consecutive_pairs(
+    prefix: str,
+    frames: Mapping[str, str],
+    flows: Mapping[str, str] | None,
+    masks: Mapping[str, str] | None = None,
+    step: int = 1,
+    flow_at_end: bool = False,
+) -> list[Pair]:
+    """Every pair of a sequence of which some file is there; its id is `prefix` and the number of its first frame.
+
+    Args:
+        prefix: of the ids.
+        frames: number -> path.
+        flows: likewise, by the number of the first frame; None in a split without ground truth.
+        masks: likewise.
+        step: from the first frame to the second; -1 for backward flow.
+        flow_at_end: the sequence's end has a flow although no frame comes after it; that flow is not missing a frame.
+    """
+    numbers = sorted({*frames, *(flows or ())}, key=int, reverse=step < 0)
+    ends = set(numbers[-1:]) if flows is None or flow_at_end else set()
+    if flows is None:  # a gap spoils the pair before it and the pair after it
+        numbers += [shift(number, -step) for number in numbers[1:]]
+    return [
+        Pair(
+            f"{prefix}{number}",
+            frames.get(number),
+            frames.get(shift(number, step)),
+            (flows or {}).get(number),
+            (masks or {}).get(number),
+        )
+        for number in {*numbers} - ends
+    ]
+
+
+def to_dataset(
+    source: str,
+    pairs: list[Pair],
+    folder: str,
+    layout: str,
+    *,
+    truth: bool = True,
+    features: Features = FLOW_FEATURES,
+    masks: Mapping[str, Mapping[str, str]] | None = None,
+) -> Dataset:
+    """Keep the complete pairs and build the data set, or say why there is none.
+
+    Three things are left out, each counted and named in one warning: pairs of which a frame is missing, flows without
+    any frame, and (where there is ground truth) image pairs without flow.
+
+    Args:
+        source: name in messages.
+        pairs: all of which some file is there, in any order.
+        folder: where files were looked for.
+        layout: what was expected in there.
+        truth: a pair needs a flow.
+        features: of the rows.
+        masks: further columns, column -> id -> path; null where a pair has none.
+
+    Returns:
+        The rows, in natural order of their ids.
+
+    Raises:
+        FileNotFoundError: no pair is complete.
+    """
+    pairs = sorted(pairs, key=lambda pair: _natural(pair.id))
+    complete = []
+    spoilt: dict[str, list[str]] = {
+        "pairs for a missing frame": [],
+        "flows without images": [],
+        "image pairs without flow": [],
+    }
+    for pair in pairs:
+        frames = (pair.image1 is not None) + (pair.image2 is not None)
+        if truth and pair.flow is None:
+            if frames == 2:  # a single frame may be a sequence's end
+                spoilt["image pairs without flow"].append(pair.id)
+        elif frames == 2:
+            complete.append(pair)
+        else:
+            spoilt["pairs for a missing frame" if frames else "flows without images"].append(pair.id)
+
+    left_out = [f"left out {len(ids)} {what}: {first_few(ids)}" for what, ids in spoilt.items() if ids]
+    if not complete:
+        fault = "holds no such file" if os.path.isdir(folder) else "does not exist"
+        if left_out:
+            fault = f"{fault if fault == 'does not exist' else 'holds no complete pair'}; {'; '.join(left_out)}"
+        raise FileNotFoundError(f"{source}: no pairs: expected {layout}; looked in {folder}, which {fault}")
+    for message in left_out:
+        logger.warning("%s: %s", source, message)
+    columns = dict(zip(Pair._fields, map(list, zip(*complete, strict=True)), strict=True))
+    for column, paths in (masks or {}).items():
+        columns[column] = [paths.get(pair.id) for pair in complete]
+    return Dataset.from_dict(columns, features=features)
+
+
+def first_few(names: list[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _natural(id: str) -> list[str | int]:
+    """Sort key under which frame_2 comes before frame_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", id)]

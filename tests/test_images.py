@@ -1,0 +1,251 @@
+"""Pictures decode to the same pixels whichever way they come, and damage is always told, never decoded."""
+
+import io
+import random
+import struct
+import zlib
+
+import cv2
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flow_data import images
+from flow_data.features import FLOW_FEATURES, to_sample
+from flow_data.images import read_rgb, undecoded
+from flow_data.synthetic import SyntheticOptions, synthetic
+
+HEIGHT, WIDTH = 37, 53
+COLOR = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+RGBA = PIL.Image.fromarray(COLOR)
+RGB = PIL.Image.fromarray(np.ascontiguousarray(COLOR[..., :3]))
+
+
+@pytest.fixture(params=["kornia-rs", "opencv"], autouse=True)
+def decoder(request, monkeypatch):
+    """Every test runs with the quick decoder, and as if that refused everything."""
+
+    def refuse(*_):
+        raise ValueError
+
+    if request.param == "opencv":
+        monkeypatch.setattr(images, "decode_image_png_u8", refuse)
+
+
+def encoded(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def stored(data: bytes, path: str | None = None) -> dict:
+    return {"bytes": data, "path": path}
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(rows: bytes, depth: int = 8, color: int = 2, *, compressed: bytes | None = None, extra: bytes = b"") -> bytes:
+    """A PNG made by hand, of rows with their filter bytes."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, color, 0, 0, 0))
+    pixels = zlib.compress(rows) if compressed is None else compressed
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def interlaced(pixels: np.ndarray) -> bytes:
+    """A PNG in the seven passes of Adam7 (PNG specification, section 8.2), which Pillow does not write."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = [row.tobytes() for top, left, down, right in passes for row in pixels[top::down, left::right]]
+    data = png(b"".join(b"\0" + row for row in rows))
+    return data[:8] + chunk(b"IHDR", data[16:28] + b"\1") + data[33:]
+
+
+ROWS = b"".join(b"\0" + row.tobytes() for row in COLOR[..., :3])
+SIDEWAYS = PIL.Image.Exif()
+SIDEWAYS[0x112] = 6  # orientation: turn by 90 degrees
+LOSSLESS = {
+    "RGB": encoded(RGB),
+    "interlaced": interlaced(COLOR[..., :3]),
+    "grey": encoded(RGB.convert("L")),
+    "RGBA": encoded(RGBA),
+    "grey and alpha": encoded(RGBA.convert("LA")),
+    "palette": encoded(RGB.convert("P")),
+    "palette of 4": encoded(RGB.quantize(4), bits=2),
+    "transparent palette": encoded(RGB.quantize(16), transparency=bytes([0, 100] * 8)),
+    "transparent colour": encoded(RGB, transparency=(1, 2, 3)),
+    "turned": encoded(RGB, exif=SIDEWAYS),
+    "gamma": png(ROWS, extra=chunk(b"gAMA", struct.pack(">I", 22000))),
+    "grey in 2 bits": png(b"".join(b"\0" + bytes(range(row, row + 14)) for row in range(HEIGHT)), depth=2, color=0),
+    "PPM": encoded(RGB, "PPM"),
+    "PPM, other spaces": b"P6 \n%d %d \n255\n" % (WIDTH, HEIGHT) + RGB.tobytes(),
+    "PPM, a comment": b"P6\n# so it is\n%d %d\n255\n" % (WIDTH, HEIGHT) + RGB.tobytes(),
+    "PGM": encoded(RGB.convert("L"), "PPM"),
+    "BMP": encoded(RGB, "BMP"),
+    "WebP": encoded(RGB, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_stored_and_pillow_images_give_the_same_pixels(kind):
+    data = LOSSLESS[kind]
+    pixels = read_rgb(stored(data), "x")
+    oracle = PIL.Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(pixels, np.array(oracle.convert("RGB")))
+    np.testing.assert_array_equal(pixels, read_rgb(oracle, "x"))
+    assert pixels.shape == (HEIGHT, WIDTH, 3) and pixels.dtype == np.uint8
+    assert pixels.flags.writeable and pixels.flags.c_contiguous
+
+
+@pytest.mark.parametrize("options", [{}, {"exif": SIDEWAYS}, {"progressive": True}, {"subsampling": 2}])
+def test_jpeg_is_nearly_what_opencv_makes_of_it(options):
+    smooth = PIL.Image.fromarray(cv2.GaussianBlur(np.array(RGB), (0, 0), 3))
+    data = encoded(smooth, "JPEG", quality=95, **options)
+    pixels = read_rgb(stored(data), "x")
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    other = cv2.imdecode(np.frombuffer(data, np.uint8), flags)[..., ::-1]
+    assert np.abs(pixels.astype(int) - other).max() <= 2
+    np.testing.assert_array_equal(pixels, read_rgb(PIL.Image.open(io.BytesIO(data)), "x"))
+
+
+def test_files_are_read_where_there_are_no_bytes(tmp_path):
+    for name, data in (("a.png", LOSSLESS["RGB"]), ("a.ppm", LOSSLESS["PPM"])):
+        path = tmp_path / name
+        path.write_bytes(data)
+        np.testing.assert_array_equal(read_rgb(stored(None, str(path)), "x"), np.array(RGB))
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            read_rgb(stored(None, str(path)), "x")
+    with pytest.raises(ValueError, match="pair 7.*neither"):
+        read_rgb(stored(None), "pair 7")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(b"".join(b"\0" + row.tobytes() * 2 for row in COLOR[..., :3]), depth=16),
+        png(b"".join(b"\0" + row.tobytes() for row in COLOR[..., :2]), depth=16, color=0),
+        encoded(RGB.convert("1")),
+        encoded(RGB.convert("CMYK"), "JPEG"),
+    ],
+    ids=["48 bits", "16 bits", "1 bit", "CMYK"],
+)
+def test_other_depths_and_color_spaces_are_refused(data):
+    with pytest.raises(ValueError, match="pair 7: image1.*expected an 8-bit RGB or grey image"):
+        read_rgb(stored(data), "pair 7: image1")
+
+
+# ---- damage ----
+
+
+def assert_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"pair 7: image1 \(frame_0001.png\)"):
+        read_rgb(stored(data, "frame_0001.png"), "pair 7: image1")
+
+
+@pytest.mark.parametrize("kind", ["RGB", "grey", "RGBA", "palette", "PPM", "PGM"])
+def test_truncated_files_are_refused(kind):
+    data = LOSSLESS[kind]
+    for length in {*range(0, len(data), 61), len(data) - 1, len(data) - 5, len(data) - 12, len(data) - 13}:
+        assert_refused(data[:length])
+
+
+def test_truncated_jpeg_is_refused():
+    data = encoded(RGB, "JPEG", quality=95)
+    for length in range(0, len(data) - 2, 61):
+        assert_refused(data[:length])
+
+
+@settings(deadline=None, max_examples=300)
+@given(place=st.integers(0, len(LOSSLESS["RGB"]) - 1), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_png_is_refused(place, bit):
+    damaged = bytearray(LOSSLESS["RGB"])
+    damaged[place] ^= 1 << bit
+    assert_refused(bytes(damaged))
+
+
+GOOD = zlib.compress(ROWS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(b"", compressed=zlib.compress(ROWS[: len(ROWS) // 2])),  # Pillow fills up what is missing
+        png(b"", compressed=GOOD[: len(GOOD) // 2]),
+        png(b"", compressed=b""),
+        png(b"", compressed=b"\0" * 2000),
+        png(b"\x07" + ROWS[1:]),
+        LOSSLESS["RGB"][:33] + LOSSLESS["RGB"][-12:],
+        LOSSLESS["RGB"][:8] + LOSSLESS["RGB"][33:],
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", GOOD) + chunk(b"IEND", b""),
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", GOOD) + chunk(b"IEND", b""),
+        b"P6\n1000000 1000000\n255\n" + b"\0" * 100,
+        b"P6\n0 5\n255\n",
+        b"", b"GIF", b"not a picture" * 20,
+    ],
+    ids=["half its rows", "half its stream", "no stream", "no zlib stream", "unknown filter", "no IDAT", "no IHDR",
+         "enormous", "no pixel", "enormous PPM", "empty PPM", "nothing", "no GIF", "text"],
+)  # fmt: skip
+def test_files_that_are_wrong_in_themselves_are_refused(data):
+    assert_refused(data)
+
+
+@settings(deadline=None, max_examples=100)
+@given(seed=st.integers(0, 2**32))
+def test_random_damage_gives_pixels_or_a_value_error(seed):
+    """Where a format has no checksum, some damage cannot be seen; but it neither crashes nor changes the size."""
+    rng = random.Random(seed)
+    data = bytearray(rng.choice([LOSSLESS["PPM"], LOSSLESS["BMP"], LOSSLESS["PGM"], encoded(RGB, "JPEG")]))
+    for _ in range(rng.randint(1, 5)):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    try:
+        pixels = read_rgb(stored(bytes(data)), "x")
+    except ValueError:
+        return
+    assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+
+
+def test_truncated_pillow_images_are_refused():
+    for kind, data in (("PNG", LOSSLESS["RGB"]), ("JPEG", encoded(RGB, "JPEG", quality=95))):
+        image = PIL.Image.open(io.BytesIO(data[: len(data) // 2]), formats=[kind])  # decoded when it is looked at
+        with pytest.raises(ValueError, match="pair 7: image1.*truncated"):
+            read_rgb(image, "pair 7: image1")
+
+
+# ---- data sets ----
+
+
+def test_undecoded_rows_make_the_same_samples(tmp_path):
+    flow = np.ones((HEIGHT, WIDTH, 2), np.float32)
+    row = {
+        "id": "7",
+        "image1": stored(LOSSLESS["RGB"], "a.png"),
+        "image2": stored(LOSSLESS["grey"], "b.png"),
+        "flow": (flow, None),
+        "valid": None,
+        "note": "of no use",
+    }
+    columns = {key: datasets.features.features.encode_nested_example(FLOW_FEATURES[key], value)
+               for key, value in row.items() if key in FLOW_FEATURES}  # fmt: skip
+    columns["note"] = row["note"]
+    features = datasets.Features({**FLOW_FEATURES, "note": datasets.Value("string")})
+    dataset = datasets.Dataset.from_list([columns], features=features)
+    for rows in (dataset, dataset.to_iterable_dataset()):
+        quick = undecoded(rows)
+        assert set(quick.features) == set(FLOW_FEATURES)
+        stored_row, decoded_row = next(iter(quick)), next(iter(rows))
+        assert stored_row["image1"]["bytes"] == LOSSLESS["RGB"]
+        for array, expected in zip(to_sample(stored_row), to_sample(decoded_row), strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_undecoded_leaves_drawn_rows_alone():
+    rows = synthetic(SyntheticOptions(image_size=(32, 48)), num_pairs=2)
+    assert undecoded(rows) is rows
+    assert to_sample(rows[1]).image1.shape == (32, 48, 3)
