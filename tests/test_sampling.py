@@ -1,14 +1,19 @@
 """The order of samples and their augmentation: functions of (seed, number of the sample) and nothing else."""
 
+import tracemalloc
 from collections import Counter
+from functools import partial
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from flow_data.sampling import MixSource, RunSampler, TrainingPairs
+from flow_data.augmentation import augment_dense, augment_sparse
+from flow_data.features import FlowSample
+from flow_data.sampling import MixSource, RunSampler, TrainingPairs, use_one_thread
 
 
 class Rows:
@@ -92,6 +97,53 @@ def test_pixels_are_scaled_as_the_model_wants_them():
     assert sample["pixel_values"].shape == (2, 3, 8, 16) and sample["pixel_values"].dtype == torch.float32
     torch.testing.assert_close(sample["pixel_values"], torch.full((2, 3, 8, 16), 2 * 101 / 255 - 1))
     assert sample["labels"].shape == (2, 8, 16) and sample["valid"].dtype == torch.bool
+
+
+def test_pixel_values_of_every_grey_level_and_place():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 16, 48, 3), dtype=np.uint8)
+    frames[0, ..., 1] = np.arange(768).reshape(16, 48) % 256
+    sample = FlowSample(*frames, rng.normal(size=(16, 48, 2)).astype(np.float32), rng.random((16, 48)) < 0.5)
+    pairs = mix(lambda _, rng: sample)[(0, 0)]
+    expected = 2 * (torch.from_numpy(frames).permute(0, 3, 1, 2).double() / 255) - 1
+    torch.testing.assert_close(pairs["pixel_values"].double(), expected, rtol=0, atol=1e-6)
+    assert torch.equal(pairs["labels"], torch.from_numpy(sample.flow).permute(2, 0, 1))
+    assert torch.equal(pairs["valid"], torch.from_numpy(sample.valid))
+    assert all(pairs[key].is_contiguous() for key in ("pixel_values", "labels", "valid"))
+
+
+class Threads(torch.utils.data.Dataset):
+    """The threads that OpenCV and torch have where a sample is made."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return torch.tensor([cv2.getNumThreads(), torch.get_num_threads()])
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_have_one_thread(start):
+    before = cv2.getNumThreads(), torch.get_num_threads()
+    loader = DataLoader(Threads(), num_workers=2, worker_init_fn=use_one_thread, multiprocessing_context=start)
+    assert torch.cat(list(loader)).tolist() == [[1, 1]] * 4
+    assert (cv2.getNumThreads(), torch.get_num_threads()) == before
+
+
+@pytest.mark.parametrize("augment", [augment_dense, augment_sparse])
+def test_nothing_grows_with_the_number_of_samples(augment):
+    """No decoded frame and no table is kept: after the first samples, memory is what it was."""
+    pairs = mix(partial(augment, crop_size=(24, 40), zoom_range=(-0.2, 0.6)), noise_batch_size=4)
+    sizes = []
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            pairs[(number, number % len(pairs))]
+            if number in (99, 299):
+                sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert sizes[1] - sizes[0] < 200 * 500  # bytes; a sample kept would be 14,000
 
 
 def test_noise_has_one_sigma_a_step_and_its_own_draws():
