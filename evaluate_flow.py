@@ -5,6 +5,7 @@ python evaluate_flow.py --model DIR_OR_REPO --dataset sintel_clean --data_dir da
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 from flow_data.features import to_sample
+from flow_data.images import undecoded
+from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, synthetic
-from flow_inference.pictures import draw_comparison, stack_rows
+from flow_inference.pictures import draw_comparison
 from flow_inference.prediction import predict_pair
 from flow_training.config import nearest
 from flow_training.evaluation import PROTOCOLS, Protocol, check_precision, evaluate
@@ -29,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
         check_precision(accelerator)
+        if not accelerator.is_main_process:
+            logging.getLogger("flow_data").setLevel(logging.ERROR)  # what is missing from the data is said once
         split, dataset = open_dataset(args)
         model = load_raft(args.model).eval().to(accelerator.device)
         protocol = PROTOCOLS[args.dataset]
@@ -86,7 +91,7 @@ def open_dataset(args: argparse.Namespace):
     split = args.split or PROTOCOLS[args.dataset].split
     check_split(args.dataset, split)
     if args.dataset != "synthetic":
-        return split, load_source(args.dataset, args.data_dir, split)
+        return split, undecoded(load_source(args.dataset, args.data_dir, split))
     options = SyntheticOptions(
         image_size=tuple(args.synthetic_image_size),
         displacement=tuple(args.synthetic_displacement),

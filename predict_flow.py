@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flow_data.features import to_rgb
 from flow_data.flow_io import FLOW_SUFFIXES, write_flow
-from flow_inference.pictures import draw_flow
+from flow_data.images import read_rgb
+from flow_data.pictures import draw_flow
 from flow_inference.prediction import predict_pair
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -62,13 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def read_frame(path: Path) -> np.ndarray:
     """`(H, W, 3)` uint8, RGB."""
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image, str(path))
-    except FileNotFoundError:
-        raise
-    except OSError as error:  # UnidentifiedImageError is one too
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+    return read_rgb({"bytes": None, "path": str(path)}, "image")
 
 
 def write(path: Path, flow: torch.Tensor, png_format: str) -> None:

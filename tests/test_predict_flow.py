@@ -9,7 +9,8 @@ from test_modeling_raft import tiny_config
 
 import predict_flow
 from flow_data.flow_io import read_flow
-from flow_inference.pictures import draw_comparison, draw_flow, stack_rows
+from flow_data.pictures import draw_flow, stack_rows
+from flow_inference.pictures import draw_comparison
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
 
@@ -53,9 +54,9 @@ def test_a_png_is_a_colour_picture(job, capsys):
     ("change", "message"),
     [
         ({2: "missing.png"}, "missing.png"),
-        ({2: "broken.png"}, "broken.png is no image"),
+        ({2: "broken.png"}, "broken.png): no image"),
         ({2: "other.png"}, "must have one size"),
-        ({2: "deep.png"}, "deep.png: expected an 8-bit"),
+        ({2: "deep.png"}, "deep.png): expected an 8-bit"),
         ({0: "--output=out.jpg"}, "--output must end in one of"),
         ({0: "--format=kitti"}, "--format kitti writes a .png"),
         ({0: "--num_flow_updates=0"}, "at least 1; got 0"),
