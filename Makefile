@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart test quality style bench
 
 quickstart: $(INSTALLED)
 	rm -rf outputs/quickstart
@@ -17,10 +17,14 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTHON) -m pytest
 
+bench: $(INSTALLED)
+	$(PYTHON) -m benchmarks.bench_data --output outputs/benchmarks/data.json
+
 quality: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/mypy --namespace-packages -p benchmarks
 
 style: $(INSTALLED)
 	.venv/bin/ruff check --fix .

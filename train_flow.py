@@ -4,6 +4,7 @@ accelerate launch train_flow.py --config configs/NAME.yaml [--flag value ...]
 """
 
 import dataclasses
+import logging
 import math
 import sys
 import time
@@ -156,6 +157,8 @@ def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfi
         step_scheduler_with_optimizer=False,
     )
     check_precision(accelerator)
+    if not accelerator.is_main_process:
+        logging.getLogger("flow_data").setLevel(logging.ERROR)  # what is missing from the data is said once
     # Only now is the number of processes known.
     per_device, accelerator.gradient_accumulation_steps = accumulation_steps(
         config.total_batch_size, config.per_device_train_batch_size, accelerator.num_processes

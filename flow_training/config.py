@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from transformers import HfArgumentParser
 
 from flow_data.sources import check_source, check_split
 from flow_data.synthetic import SyntheticOptions
+
+logger = logging.getLogger(__name__)
 
 
 class YamlMapping(dict):
@@ -53,16 +56,22 @@ class TrainingConfig:
     """Every setting of a run. Keys of the YAML file and flags are the same words; recipes live in configs/."""
 
     output_dir: str = dataclasses.field(metadata={"help": "Folder for weights, logs and checkpoints."})
-    train_mix: YamlMapping = dataclasses.field(
-        metadata={
-            "help": "Source -> how often its pairs occur in an epoch, e.g. '{sintel_clean: 100, kitti_2015: 200}'."
-        }
-    )
 
     # data
+    train_mix: YamlMapping = option(
+        YamlMapping(),
+        "Source -> how often its pairs occur in an epoch, e.g. '{sintel_clean: 100, kitti_2015: 200}'.",
+    )
     data_root: str = option("datasets", "Folder that holds the data sets' folders.")
+    pairs_path: str | None = option(
+        None, "Your own pairs, for the source 'pairs': a CSV or JSONL file, or a folder; default: data_root/pairs."
+    )
+    dataset_name: str | None = option(
+        None, "Data set of flow pairs on the Hub, user/name, to train on; it takes the place of train_mix."
+    )
+    streaming: bool = option(False, "Read each pair of dataset_name when it is needed; download nothing beforehand.")
     train_split: str | None = option(
-        None, "Split of every source; default: each one's training split. 'all': all pairs."
+        None, "Split of every source; default: each one's training split, 'train' on the Hub. 'all': all pairs."
     )
     crop_size: list[int] = option([384, 512], "Height and width of training crops, multiples of 8.")
     zoom_range: list[YamlValue] = option(
@@ -123,14 +132,22 @@ class TrainingConfig:
     hub_private_repo: bool = option(False, "Make the repository private if it is new.")
 
     def __post_init__(self) -> None:
+        if self.dataset_name is not None and self.train_mix:
+            logger.warning("training on %s; the train_mix %s is not used", self.dataset_name, dict(self.train_mix))
+            self.train_mix = YamlMapping()
+        if self.streaming and self.dataset_name is None:
+            raise ValueError("streaming needs dataset_name; the sources of train_mix are read from their files anyway")
         for source, repeats in self.train_mix.items():
             check_source(source)
             if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
                 raise ValueError(f"train_mix: {source} needs a whole number of at least 1; got {repeats!r}")
             if self.train_split is not None:
                 check_split(source, self.train_split)
-        if not self.train_mix:
-            raise ValueError("train_mix is empty; it maps sources to repeats, e.g. {flying_chairs: 1}")
+        if not self.train_mix and self.dataset_name is None:
+            raise ValueError(
+                "train_mix is required: it maps sources to repeats, e.g. {flying_chairs: 1}; "
+                "or give dataset_name, a data set of flow pairs on the Hub"
+            )
         for entry in self.validation_sets:
             source, split = split_validation_set(entry)
             check_source(source)
@@ -144,9 +161,9 @@ class TrainingConfig:
         if len(parsed) == 1 and isinstance(parsed, list) and isinstance(parsed[0], (dict, list)):  # one YAML text
             self.zoom_range = parsed[0]  # type: ignore[assignment]
         for source in self.zoom_ranges():
-            if source != "default":
+            if source not in ("default", self.dataset_name):
                 check_source(source)
-        for source in self.train_mix:
+        for source in [self.dataset_name] if self.dataset_name is not None else self.train_mix:
             self.zoom_range_of(source)
         for name in ("crop_size", "synthetic_image_size"):
             size = getattr(self, name)

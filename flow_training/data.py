@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from flow_data.augmentation import augment_dense, augment_sparse
-from flow_data.features import OpticalFlow
+from flow_data.hub_dataset import flow_is_sparse, load_hub_dataset
+from flow_data.images import undecoded
 from flow_data.sampling import MixSource, TrainingPairs
-from flow_data.sources import SOURCES, SPARSE_SOURCES, load_source
+from flow_data.sources import SOURCES, has_ground_truth, is_sparse, load_source
 from flow_data.synthetic import synthetic
 from flow_training.config import TrainingConfig, split_validation_set
 from flow_training.evaluation import PROTOCOLS, Protocol
 
 
 def open_dataset(config: TrainingConfig, source: str, split: str) -> Any:
-    """Rows of a source.
+    """Rows of a source, images left as stored.
 
     Raises:
         OSError, ValueError: Nothing usable where it was looked for; the message names the folder and what it lacks.
@@ -23,29 +24,40 @@ def open_dataset(config: TrainingConfig, source: str, split: str) -> Any:
         training = split == "training"
         num_pairs = config.synthetic_num_pairs if training else config.synthetic_validation_pairs
         return synthetic(config.synthetic_options(), split=split, num_pairs=num_pairs)
-    folder = SOURCES[source].folder
-    dataset = load_source(source, Path(config.data_root) / str(folder), split)
-    if dataset.cast_column("flow", OpticalFlow(decode=False))[0]["flow"] is None:
+    root = Path(config.data_root) / str(SOURCES[source].folder)
+    if source == "pairs" and config.pairs_path is not None:
+        root = Path(config.pairs_path)
+    dataset = load_source(source, root, split)
+    if not has_ground_truth(dataset):
         raise ValueError(f"{source}: the split {split} has no ground truth; it is for submissions")
-    return dataset
+    return undecoded(dataset)
 
 
 def training_pairs(config: TrainingConfig) -> TrainingPairs:
-    """The training mix, augmented."""
+    """The training mix, augmented: the sources of train_mix, or the Hub's data set."""
+    mix: list[tuple[str, Any, bool, int]] = []  # name, rows, whether ground truth is sparse, repeats
+    if config.dataset_name is not None:
+        rows = load_hub_dataset(config.dataset_name, config.train_split, config.streaming, config.hub_token)
+        if len(rows) == 0:
+            raise ValueError(f"dataset_name: {config.dataset_name} is empty")
+        mix.append((config.dataset_name, rows, flow_is_sparse(rows), 1))
+    for source, repeats in config.train_mix.items():
+        rows = open_dataset(config, source, config.train_split or SOURCES[source].training_split)
+        mix.append((source, rows, is_sparse(source, rows), repeats))
     crop_size = (config.crop_size[0], config.crop_size[1])
     sources = [
         MixSource(
-            name=source,
-            dataset=open_dataset(config, source, config.train_split or SOURCES[source].training_split),
+            name=name,
+            dataset=rows,
             repeats=repeats,
             augment=partial(
-                augment_sparse if source in SPARSE_SOURCES else augment_dense,
+                augment_sparse if sparse else augment_dense,
                 crop_size=crop_size,
-                zoom_range=config.zoom_range_of(source),
+                zoom_range=config.zoom_range_of(name),
                 flip=config.flip,
             ),
         )
-        for source, repeats in config.train_mix.items()
+        for name, rows, sparse, repeats in mix
     ]
     return TrainingPairs(sources, config.seed, config.total_batch_size if config.add_noise else None)
 

@@ -9,24 +9,13 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
+from flow_data.licences import PROVENANCE
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
 CARD_TEMPLATE = "model_card.md"
 RUN_CONFIG = "run_config.yaml"
 PUBLISHED_FILES = ["*.safetensors", "config.json", "preprocessor_config.json", "*.py", "README.md", RUN_CONFIG]
 
-# Names and licences of the data, for the card; from the data sets' own pages.
-DATA_SETS = {
-    "synthetic": "Synthetic pairs drawn by this project (BSD-3-Clause)",
-    "flying_chairs": "FlyingChairs (research only)",
-    "flying_things_clean": "FlyingThings3D, clean pass (research only)",
-    "flying_things_final": "FlyingThings3D, final pass (research only)",
-    "sintel_clean": "MPI-Sintel, clean pass (film CC-BY 3.0)",
-    "sintel_final": "MPI-Sintel, final pass (film CC-BY 3.0)",
-    "kitti_2015": "KITTI-2015 (CC BY-NC-SA 3.0)",
-    "hd1k": "HD1K (CC BY-NC-SA 4.0)",
-    "middlebury": "Middlebury (no licence stated)",
-}
 METRIC_NAMES = {
     "epe": "End-point error, pooled over pixels (px)",
     "epe_per_image": "End-point error, mean of images (px)",
@@ -96,6 +85,7 @@ def fill_card(
     data = ModelCardData(
         library_name="transformers",
         tags=["optical-flow", "raft"],
+        datasets=_hub_datasets(run_config),
         model_name=name,
         eval_results=results or None,
     )
@@ -109,7 +99,7 @@ def fill_card(
         num_flow_updates=run_config["num_flow_updates"],
         min_size=model.config.min_image_size,
         start=run_config["model_name_or_path"],
-        training_data=[(DATA_SETS[source], repeats) for source, repeats in run_config["train_mix"].items()],
+        training_data=_training_data(run_config),
         recipe={key: _cell(value) for key, value in run_config.items() if not key.startswith("hub_")},
         reports=reports,
         metric_names=METRIC_NAMES,
@@ -119,6 +109,22 @@ def fill_card(
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {importlib.metadata.version('transformers')}",
     )
+
+
+def _training_data(run_config: dict[str, Any]) -> list[tuple[str, int]]:
+    """(what the model was trained on, how often an epoch) of each source."""
+    mix = [
+        (f"{PROVENANCE[source].title} ({PROVENANCE[source].terms})", repeats)
+        for source, repeats in run_config["train_mix"].items()
+    ]
+    name = run_config["dataset_name"]
+    return mix if name is None else [(f"`{name}` on the Hub (its page states its terms)", 1), *mix]
+
+
+def _hub_datasets(run_config: dict[str, Any]) -> list[str] | None:
+    """What the Hub links the model to; a local folder is none of its data sets."""
+    name = run_config["dataset_name"]
+    return None if name is None or Path(name).exists() else [name]
 
 
 def _cell(value: Any) -> str:

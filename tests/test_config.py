@@ -108,7 +108,8 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("", ["--train_mix", "{flying_chair: 1}"], "did you mean 'flying_chairs'?"),
         ("", ["--train_mix", "{flying_chairs: 0.5}"], "flying_chairs needs a whole number of at least 1; got 0.5"),
         ("", ["--train_mix", "flying_chairs"], "expected a mapping"),
-        ("", ["--train_mix", "{}"], "train_mix is empty"),
+        ("", ["--train_mix", "{}"], "train_mix is required"),
+        ("", ["--streaming"], "streaming needs dataset_name"),
         ("", ["--train_mix", "{synthetic: 1"], "is no YAML"),
         ("", ["stray"], "'stray' belongs to no flag"),
         ("- a list", [], "is no YAML"),
@@ -131,7 +132,8 @@ def test_text_of_yaml_is_a_range_and_an_empty_list_switches_off(tmp_path):
 
 def test_required_settings_and_missing_files_are_named(tmp_path, capsys):
     for arguments, message in (
-        (["--output_dir", "out"], "required: --train_mix"),
+        (["--output_dir", "out"], "train_mix is required"),
+        (["--train_mix", "{synthetic: 1}"], "required: --output_dir"),
         (["--config", str(tmp_path / "none.yaml")], f"no such file: {tmp_path / 'none.yaml'}"),
     ):
         with pytest.raises(SystemExit):
@@ -162,3 +164,10 @@ def test_accumulation_follows_from_batch_and_processes():
     ):
         with pytest.raises(ValueError, match=message):
             accumulation_steps(*arguments)
+
+
+def test_a_data_set_on_the_hub_takes_the_place_of_the_mix(tmp_path, caplog):
+    config = parse_yaml(tmp_path, "", "--dataset_name", "user/name", "--streaming")
+    assert config.train_mix == {} and config.streaming and "user/name" in caplog.text
+    config = parse_yaml(tmp_path, "zoom_range: {user/name: [0, 1], default: [-1, 0]}", "--dataset_name", "user/name")
+    assert config.zoom_range_of("user/name") == (0, 1)

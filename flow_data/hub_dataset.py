@@ -1,0 +1,184 @@
+"""Flow pairs from the Hub: downloaded through `datasets`, or read row by row where they lie.
+
+Expected are columns `image1`, `image2` and `flow`, each `{"bytes", "path"}` of a file, and perhaps `valid` and `id`,
+as `python -m flow_data.publish` writes them. Both ways give rows by number, so a run draws the same pairs in the same
+order, shuffled over the whole data set, whether it streams or not, on any number of processes and workers.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Image, load_dataset, load_dataset_builder
+from huggingface_hub import HfFileSystem
+
+from flow_data.features import OpticalFlow, ValidMask
+
+DEFAULT_SPLIT = "train"
+REQUIRED_COLUMNS = ("image1", "image2", "flow")
+STORED_FEATURES = Features(
+    {"image1": Image(decode=False), "image2": Image(decode=False), "flow": OpticalFlow(), "valid": ValidMask()}
+)
+MAX_ROW_GROUP_BYTES = 2**26  # a shuffled row costs its whole row group
+FOOTER_READERS = 16  # threads; the footers of some hundred shards are small, and far away
+
+
+def load_hub_dataset(name: str, split: str | None = None, streaming: bool = False, token: str | None = None) -> Any:
+    """Open a data set of flow pairs.
+
+    Args:
+        name: repository `user/name`, or a local folder of such files.
+        split: of the data set; None is `train`.
+        streaming: read each pair from the Hub when it is needed, instead of downloading the data set first.
+        token: for a private repository; None is the one that is logged in.
+
+    Returns:
+        Rows by number: `id`, `image1` and `image2` as stored, `flow` and `valid` decoded (`flow_data.features`).
+
+    Raises:
+        ValueError: no such split, columns that are not those of flow pairs, or files that cannot be streamed.
+        OSError: it is not there, or cannot be reached.
+    """
+    split = split or DEFAULT_SPLIT
+    try:
+        builder = load_dataset_builder(name, token=token)
+        splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
+        if split not in splits:
+            raise ValueError(f"dataset_name: {name} has no split {split}; it has {', '.join(splits) or 'none'}")
+        if streaming:
+            return ParquetRows([str(file) for file in splits[split]], name, token)
+        dataset = load_dataset(name, split=split, token=token)
+    except ValueError:
+        raise
+    except Exception as error:  # of client, cache or network, in many types
+        raise OSError(f"dataset_name: cannot read {name}: {error}") from error
+    return _with_flow_columns(dataset, name)
+
+
+def _with_flow_columns(dataset: Dataset, name: str) -> Dataset:
+    _check_columns(dataset.column_names, name)
+    for column in set(STORED_FEATURES) & set(dataset.column_names):
+        dataset = dataset.cast_column(column, STORED_FEATURES[column])
+    if "id" not in dataset.column_names:
+        dataset = dataset.add_column("id", [_id_of(number) for number in range(len(dataset))])
+    return dataset.select_columns([column for column in ("id", *STORED_FEATURES) if column in dataset.column_names])
+
+
+def _check_columns(columns: list[str], name: str) -> None:
+    missing = [column for column in REQUIRED_COLUMNS if column not in columns]
+    if missing:
+        raise ValueError(
+            f"dataset_name: {name} is no data set of flow pairs: it lacks {', '.join(missing)}; "
+            f"it has the columns {', '.join(columns)}"
+        )
+
+
+def _id_of(number: int) -> str:
+    return f"{number:08d}"
+
+
+class ParquetRows:
+    """Rows of Parquet files, near or far, by number; nothing is kept but the files' footers.
+
+    A row is read with its row group, in one request: `flow_data.publish` writes one row to a group. Reading opens the
+    file anew, so that a process forked off (a DataLoader's worker) shares no connection.
+
+    Args:
+        files: their paths or addresses, all of one schema.
+        name: of the data set, for errors.
+        token: for a private repository.
+
+    Raises:
+        ValueError: files that are not Parquet, other columns, or row groups too large to read one for each row.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, files: list[str], name: str, token: str | None = None):
+        other = [file for file in files if PurePath(file).suffix != ".parquet"]
+        if other:
+            raise ValueError(
+                f"dataset_name: {name} cannot be streamed, for it is not in Parquet ({other[0]}); train without "
+                "--streaming, or publish it with python -m flow_data.publish"
+            )
+        self.name, self.token = name, token
+        with ThreadPoolExecutor(FOOTER_READERS) as pool:
+            metadata = list(pool.map(self._read_footer, files))
+        columns = metadata[0].schema.to_arrow_schema().names
+        _check_columns(columns, name)
+        self.columns = [column for column in ("id", *STORED_FEATURES) if column in columns]
+        self.groups = [
+            (file, footer, group)
+            for file, footer in zip(files, metadata, strict=True)
+            for group in range(footer.num_row_groups)
+        ]
+        sizes = [footer.row_group(group).num_rows for _, footer, group in self.groups]
+        largest = max((footer.row_group(group).total_byte_size for _, footer, group in self.groups), default=0)
+        if largest > MAX_ROW_GROUP_BYTES and max(sizes) > 1:
+            raise ValueError(
+                f"dataset_name: {name} cannot be streamed: each pair would cost a row group of up to "
+                f"{largest >> 20} MB; train without --streaming, or publish it with python -m flow_data.publish"
+            )
+        self.ends = np.cumsum(sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """Read and decode one row.
+
+        Args:
+            number: 0 to the length, that excluded.
+
+        Returns:
+            `id`, stored images, decoded `flow` and `valid`.
+
+        Raises:
+            IndexError: there is no such row.
+            ValueError: its flow is damaged.
+            OSError: it cannot be read.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.name}: row {number} of {len(self)}")
+        which = int(np.searchsorted(self.ends, number, side="right"))
+        file, footer, group = self.groups[which]
+        first = int(self.ends[which - 1]) if which else 0
+        row = self._read_group(file, footer, group, self.columns).slice(number - first, 1).to_pylist()[0]
+        for column in ("flow", "valid"):
+            if row.get(column) is not None:
+                row[column] = STORED_FEATURES[column].decode_example(row[column])
+        return {"id": _id_of(number)} | row
+
+    def first_flow_path(self) -> str | None:
+        """Name of the first row's flow file; its suffix tells the format."""
+        file, footer, group = self.groups[0]
+        return self._read_group(file, footer, group, ["flow.path"])["flow"][0].as_py()["path"]
+
+    def _read_group(self, file: str, footer: pq.FileMetaData, group: int, columns: list[str]) -> pa.Table:
+        try:
+            with self._open(file) as handle:
+                reader = pq.ParquetFile(handle, metadata=footer, pre_buffer=True)
+                return reader.read_row_group(group, columns=columns, use_threads=False)
+        except Exception as error:  # of client, network or Parquet, in many types
+            raise OSError(f"dataset_name: {self.name}: cannot read {file}: {error}") from error
+
+    def _read_footer(self, file: str) -> pq.FileMetaData:
+        with self._open(file) as handle:
+            return pq.read_metadata(handle)
+
+    def _open(self, file: str) -> Any:
+        if not file.startswith("hf://"):
+            return open(file, "rb")
+        # No read-ahead: a row is one request for exactly its bytes.
+        return HfFileSystem(token=self.token).open(file, "rb", cache_type="none")
+
+
+def flow_is_sparse(rows: Dataset | ParquetRows) -> bool:
+    """Whether the ground truth is scattered, to be never interpolated: the first row's is in KITTI's PNG."""
+    if isinstance(rows, ParquetRows):
+        path = rows.first_flow_path() if len(rows) else None
+    else:
+        path = rows.cast_column("flow", OpticalFlow(decode=False))[0]["flow"]["path"] if len(rows) else None
+    return path is not None and PurePath(path).suffix.lower() == ".png"
