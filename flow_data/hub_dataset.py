@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image, load_dataset, load_dataset_builder
+from datasets import Dataset, Features, Image, concatenate_datasets, load_dataset, load_dataset_builder
 from huggingface_hub import HfFileSystem
 
 from flow_data.features import OpticalFlow, ValidMask
@@ -31,7 +31,7 @@ def load_hub_dataset(name: str, split: str | None = None, streaming: bool = Fals
 
     Args:
         name: repository `user/name`, or a local folder of such files.
-        split: of the data set; None is `train`.
+        split: of the data set; None is `train`, `all` is every one.
         streaming: read each pair from the Hub when it is needed, instead of downloading the data set first.
         token: for a private repository; None is the one that is logged in.
 
@@ -46,11 +46,12 @@ def load_hub_dataset(name: str, split: str | None = None, streaming: bool = Fals
     try:
         builder = load_dataset_builder(name, token=token)
         splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
-        if split not in splits:
+        wanted = list(splits) if split == "all" else [split]
+        if not wanted or not set(wanted) <= set(splits):
             raise ValueError(f"dataset_name: {name} has no split {split}; it has {', '.join(splits) or 'none'}")
         if streaming:
-            return ParquetRows([str(file) for file in splits[split]], name, token)
-        dataset = load_dataset(name, split=split, token=token)
+            return ParquetRows([str(file) for part in wanted for file in splits[part]], name, token)
+        dataset = concatenate_datasets([load_dataset(name, split=part, token=token) for part in wanted])
     except ValueError:
         raise
     except Exception as error:  # of client, cache or network, in many types

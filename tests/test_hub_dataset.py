@@ -233,6 +233,15 @@ def test_rows_are_those_of_the_source(folder, root, streaming):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
+def test_splits_are_told_apart(tmp_path, root, streaming):
+    pairs = load_source("pairs", root)
+    splits = {"train": pairs.select(range(4)), "validation": pairs.select(range(4, NUM_PAIRS))}
+    publish_to_folder("pairs", splits, tmp_path)
+    for split, expected in (*splits.items(), ("all", pairs)):
+        assert_same_rows(load_hub_dataset(str(tmp_path), split, streaming=streaming), expected)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
 def test_kitti_flow_is_taken_as_sparse(tmp_path, streaming):
     root = make_pairs(tmp_path / "pairs", ".png", num_pairs=2)
     publish_to_folder("pairs", {"train": load_source("pairs", root)}, tmp_path / "out")
