@@ -22,6 +22,7 @@ from flow_data.pictures import draw_flow, hide_unknown, join_row, stack_rows
 from flow_data.sources import SOURCES, check_source, check_split, is_sparse, load_source
 
 CELL_HEIGHT = 128  # pixels of the contact sheet
+MAX_SHEET_WIDTH = 2000
 DRAWS = 2  # augmentations of each pair that are shown
 SPEED_BINS = 2.0 ** np.arange(-7, 14, 0.05)  # pixels; a histogram, as the speeds of all pairs fill the memory
 
@@ -169,7 +170,7 @@ def describe(source: str, split: str, num_pairs: int, statistics: Statistics) ->
 
 
 def draw_row(name: str, samples: list[FlowSample]) -> np.ndarray:
-    """Samples side by side, each as frame 1, frame 2 and flow, with captions.
+    """Samples side by side, or below each other where they are wide; each as frame 1, frame 2, flow, with captions.
 
     Args:
         name: caption of the first.
@@ -178,17 +179,16 @@ def draw_row(name: str, samples: list[FlowSample]) -> np.ndarray:
     Returns:
         `(H, W, 3)` uint8.
     """
-    cells = []
+    rows = []
     for sample in samples:
         longest = np.linalg.norm(sample.flow, axis=-1).max()
         colors = hide_unknown(draw_flow(torch.from_numpy(sample.flow).permute(2, 0, 1)), sample.valid)
         height, width = sample.valid.shape
         captions = (name if sample is samples[0] else "augmented", f"{height} x {width}", f"up to {longest:.0f} px")
-        cells += [
-            _cell(picture, caption)
-            for picture, caption in zip((sample.image1, sample.image2, colors), captions, strict=True)
-        ]
-    return join_row(cells)
+        pictures = (sample.image1, sample.image2, colors)
+        rows.append(join_row([_cell(*cell) for cell in zip(pictures, captions, strict=True)]))
+    side_by_side = join_row(rows)
+    return side_by_side if side_by_side.shape[1] <= MAX_SHEET_WIDTH else stack_rows(rows)
 
 
 def _cell(picture: np.ndarray, caption: str) -> np.ndarray:
