@@ -19,6 +19,7 @@ ERASE_COUNT = (1, 2)  # rectangles, both ends included
 ERASE_SIDE = (50, 100)  # pixels, the end excluded
 RESIZE_PROBABILITY = 0.8
 STRETCH_PROBABILITY = 0.8  # dense only
+MAX_ZOOM = 5  # log2; a misread range would ask for frames that no memory holds
 MAX_STRETCH = 0.2  # log2, per axis
 DENSE_CROP_SLACK = 8  # pixels that a resized frame is larger than the crop, at least
 SPARSE_CROP_SLACK = 1
@@ -157,7 +158,7 @@ def draw_offset_sparse(rng: np.random.Generator, size: tuple[int, int], crop_siz
 def _check(frame_size: tuple[int, int], crop_size: tuple[int, int], zoom_range: tuple[float, float]) -> None:
     if min(crop_size) < 1:
         raise ValueError(f"crop_size must be (height, width) of at least 1 px each, got {crop_size}")
-    if not zoom_range[0] <= zoom_range[1]:
-        raise ValueError(f"zoom_range must be (lowest, highest) in log2, got {zoom_range}")
+    if not -MAX_ZOOM <= zoom_range[0] <= zoom_range[1] <= MAX_ZOOM:
+        raise ValueError(f"zoom_range must be (lowest, highest) in log2, within +-{MAX_ZOOM}, got {zoom_range}")
     if min(frame_size) < 1:
         raise ValueError(f"frames must have at least 1 px per side, got (height, width) {frame_size}")

@@ -184,7 +184,7 @@ class ValidMask:
 
     def decode_example(
         self, value: Mapping[str, Any] | np.ndarray, token_per_repo_id: dict[str, str | bool | None] | None = None
-    ) -> np.ndarray:
+    ) -> np.ndarray | None:
         """Decode one stored value.
 
         Args:
@@ -192,11 +192,11 @@ class ValidMask:
             token_per_repo_id: part of the interface of `datasets`, not used.
 
         Returns:
-            `(H, W)` bool, True where flow is known.
+            `(H, W)` bool, True where flow is known; None with neither bytes nor path.
 
         Raises:
             RuntimeError: decoding is switched off.
-            ValueError: neither bytes nor path, or a damaged file.
+            ValueError: a damaged file.
             OSError: the file cannot be read.
         """
         if not self.decode:
@@ -204,8 +204,8 @@ class ValidMask:
         if isinstance(value, np.ndarray):
             return value  # idempotent, as datasets.Image is
         data, path = value["bytes"], value["path"]
-        if data is None and path is None:
-            raise ValueError("expected 'bytes' or 'path' of a mask file, received neither")
+        if data is None and path is None:  # what other programs may write for null
+            return None
         mask = decode_mask(Path(path).read_bytes() if data is None else data, path or "bytes.png")
         return ~mask if self.zero_is_valid else mask
 

@@ -35,6 +35,15 @@ FLO_MAGIC = b"PIEH"  # 202021.25 as a little-endian float32
 FLO_UNKNOWN = 1e10  # what is written; read is anything beyond MAX_KNOWN
 MAX_KNOWN = 1e9
 
+MAGIC = {  # what files begin with
+    ".flo": FLO_MAGIC,
+    ".pfm": b"P",
+    ".png": b"\x89PNG",
+    ".flo5": b"\x89HDF",
+    ".npy": b"\x93NUMPY",
+    ".npz": b"PK",
+}
+
 PFM_HEADER = re.compile(rb"(P[Ff])\s+([+-]?\d{1,10})\s+([+-]?\d{1,10})\s+([+-]?[0-9.eE+-]{1,20})\s")
 
 
@@ -58,7 +67,10 @@ def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: expected at most {MAX_FILE_BYTES} bytes of flow, the file holds {size}")
-        return decode_flow(file.read(), str(path))
+        head = file.read(len(MAGIC[path.suffix.lower()]))
+        if head != MAGIC[path.suffix.lower()]:
+            return decode_flow(head + file.read(100), str(path))  # which says so; the rest may be huge
+        return decode_flow(head + file.read(), str(path))
 
 
 def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray | None = None) -> None:

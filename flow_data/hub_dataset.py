@@ -5,7 +5,9 @@ as `python -m flow_data.publish` writes them. Both ways give rows by number, so 
 order, shuffled over the whole data set, whether it streams or not, on any number of processes and workers.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
@@ -40,32 +42,49 @@ def load_hub_dataset(name: str, split: str | None = None, streaming: bool = Fals
 
     Raises:
         ValueError: no such split, columns that are not those of flow pairs, or files that cannot be streamed.
-        OSError: it is not there, or cannot be reached.
+        OSError: it is not there, cannot be reached, or is damaged.
     """
     split = split or DEFAULT_SPLIT
-    try:
-        builder = load_dataset_builder(name, token=token)
-        splits = {str(key): files for key, files in (builder.config.data_files or {}).items()}
-        wanted = list(splits) if split == "all" else [split]
-        if not wanted or not set(wanted) <= set(splits):
-            raise ValueError(f"dataset_name: {name} has no split {split}; it has {', '.join(splits) or 'none'}")
-        if streaming:
-            return ParquetRows([str(file) for part in wanted for file in splits[part]], name, token)
-        dataset = concatenate_datasets([load_dataset(name, split=part, token=token) for part in wanted])
-    except ValueError:
-        raise
-    except Exception as error:  # of client, cache or network, in many types
-        raise OSError(f"dataset_name: cannot read {name}: {error}") from error
-    return _with_flow_columns(dataset, name)
-
-
-def _with_flow_columns(dataset: Dataset, name: str) -> Dataset:
+    if streaming:
+        with _reading(name):
+            files = {str(key): [str(file) for file in value] for key, value in _find_files(name, token).items()}
+        return ParquetRows([file for part in _choose(split, list(files), name) for file in files[part]], name, token)
+    with _reading(name):
+        datasets = load_dataset(name, token=token)  # from the cache where the Hub cannot be reached
+    dataset = concatenate_datasets([datasets[part] for part in _choose(split, list(datasets), name)])
     _check_columns(dataset.column_names, name)
     for column in set(STORED_FEATURES) & set(dataset.column_names):
-        dataset = dataset.cast_column(column, STORED_FEATURES[column])
+        with _reading(name):
+            dataset = dataset.cast_column(column, STORED_FEATURES[column])
     if "id" not in dataset.column_names:
         dataset = dataset.add_column("id", [_id_of(number) for number in range(len(dataset))])
     return dataset.select_columns([column for column in ("id", *STORED_FEATURES) if column in dataset.column_names])
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What client, network, cache and file formats raise, in many types, as one that names the data set."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"dataset_name: cannot read {name}: {error}") from error
+
+
+def _find_files(name: str, token: str | None) -> Mapping[str, Sequence[str]]:
+    builder = load_dataset_builder(name, token=token)
+    if not builder.config.data_files:
+        raise ConnectionError(
+            "it is on the Hub no more, or the Hub or its token cannot be reached or is refused. Only a copy in the "
+            "cache is left: train on that without --streaming"
+        )
+    return builder.config.data_files
+
+
+def _choose(split: str, splits: list[str], name: str) -> list[str]:
+    wanted = splits if split == "all" else [split]
+    if not wanted or not set(wanted) <= set(splits):
+        raise ValueError(f"dataset_name: {name} has no split {split}; it has {', '.join(splits) or 'none'}")
+    return wanted
 
 
 def _check_columns(columns: list[str], name: str) -> None:
@@ -94,7 +113,7 @@ class ParquetRows:
 
     Raises:
         ValueError: files that are not Parquet, other columns, or row groups too large to read one for each row.
-        OSError: a file cannot be read.
+        OSError: a file cannot be read, or a column is of a type that cannot be a file's.
     """
 
     def __init__(self, files: list[str], name: str, token: str | None = None):
@@ -105,11 +124,14 @@ class ParquetRows:
                 "--streaming, or publish it with python -m flow_data.publish"
             )
         self.name, self.token = name, token
-        with ThreadPoolExecutor(FOOTER_READERS) as pool:
+        with _reading(name), ThreadPoolExecutor(FOOTER_READERS) as pool:
             metadata = list(pool.map(self._read_footer, files))
-        columns = metadata[0].schema.to_arrow_schema().names
-        _check_columns(columns, name)
-        self.columns = [column for column in ("id", *STORED_FEATURES) if column in columns]
+            schema = metadata[0].schema.to_arrow_schema()
+        _check_columns(schema.names, name)
+        self.columns = [column for column in ("id", *STORED_FEATURES) if column in schema.names]
+        for column in set(self.columns) & set(STORED_FEATURES):
+            with _reading(f"the column {column} of {name}"):
+                STORED_FEATURES[column].cast_storage(pa.array([], schema.field(column).type))
         self.groups = [
             (file, footer, group)
             for file, footer in zip(files, metadata, strict=True)
@@ -138,32 +160,38 @@ class ParquetRows:
 
         Raises:
             IndexError: there is no such row.
-            ValueError: its flow is damaged.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or its flow or mask is damaged.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"{self.name}: row {number} of {len(self)}")
         which = int(np.searchsorted(self.ends, number, side="right"))
         file, footer, group = self.groups[which]
         first = int(self.ends[which - 1]) if which else 0
-        row = self._read_group(file, footer, group, self.columns).slice(number - first, 1).to_pylist()[0]
-        for column in ("flow", "valid"):
-            if row.get(column) is not None:
-                row[column] = STORED_FEATURES[column].decode_example(row[column])
-        return {"id": _id_of(number)} | row
+        row = {"id": _id_of(number)}
+        with _reading(f"row {number} of {self.name}, in {file}"):
+            table = self._read_group(file, footer, group).slice(number - first, 1)
+            for column in self.columns:
+                values = table[column].combine_chunks()
+                feature = STORED_FEATURES.get(column)
+                value = (values if feature is None else feature.cast_storage(values))[0].as_py()
+                decodes = value is not None and getattr(feature, "decode", False)
+                row[column] = feature.decode_example(value) if decodes else value
+        return row
 
-    def first_flow_path(self) -> str | None:
-        """Name of the first row's flow file; its suffix tells the format."""
-        file, footer, group = self.groups[0]
-        return self._read_group(file, footer, group, ["flow.path"])["flow"][0].as_py()["path"]
+    def flow_names(self) -> list[str]:
+        """Names of flow files, as far as the files' footers tell: the first and last of each row group."""
+        names = []
+        for _, footer, group in self.groups:
+            columns = (footer.row_group(group).column(index) for index in range(footer.num_columns))
+            statistics = next((column.statistics for column in columns if column.path_in_schema == "flow.path"), None)
+            if statistics is not None and statistics.has_min_max:
+                names += [statistics.min, statistics.max]
+        return names
 
-    def _read_group(self, file: str, footer: pq.FileMetaData, group: int, columns: list[str]) -> pa.Table:
-        try:
-            with self._open(file) as handle:
-                reader = pq.ParquetFile(handle, metadata=footer, pre_buffer=True)
-                return reader.read_row_group(group, columns=columns, use_threads=False)
-        except Exception as error:  # of client, network or Parquet, in many types
-            raise OSError(f"dataset_name: {self.name}: cannot read {file}: {error}") from error
+    def _read_group(self, file: str, footer: pq.FileMetaData, group: int) -> pa.Table:
+        with self._open(file) as handle:
+            reader = pq.ParquetFile(handle, metadata=footer, pre_buffer=True)
+            return reader.read_row_group(group, columns=self.columns, use_threads=False)
 
     def _read_footer(self, file: str) -> pq.FileMetaData:
         with self._open(file) as handle:
@@ -177,9 +205,13 @@ class ParquetRows:
 
 
 def flow_is_sparse(rows: Dataset | ParquetRows) -> bool:
-    """Whether the ground truth is scattered, to be never interpolated: the first row's is in KITTI's PNG."""
+    """Whether the ground truth is scattered, to be never interpolated: any of it is in KITTI's PNG.
+
+    The same is asked of the user's own pairs in files (`flow_data.sources.is_sparse`).
+    """
     if isinstance(rows, ParquetRows):
-        path = rows.first_flow_path() if len(rows) else None
+        names = rows.flow_names()
     else:
-        path = rows.cast_column("flow", OpticalFlow(decode=False))[0]["flow"]["path"] if len(rows) else None
-    return path is not None and PurePath(path).suffix.lower() == ".png"
+        stored = rows.select_columns("flow").data["flow"].combine_chunks()
+        names = [name or "" for name in stored.field("path").to_pylist()]
+    return any(PurePath(name).suffix.lower() == ".png" for name in names)

@@ -35,7 +35,7 @@ def flying_chairs(root: str | os.PathLike[str], split: str) -> Dataset:
     folder = f"{absolute(root)}/data"
     kinds = files(folder, r"(\d+_(?:img1\.ppm|img2\.ppm|flow\.flo))")
     numbers = {name.split("_")[0] for name in kinds}
-    if wanted is not None:
+    if wanted is not None and numbers:
         lines = _read_chairs_split(Path(root).expanduser() / "FlyingChairs_train_val.txt")
         assigned = {number: lines[int(number) - 1] for number in numbers if 0 < int(number) <= len(lines)}
         if beyond := sorted(numbers - assigned.keys()):

@@ -59,10 +59,17 @@ def read_table(path: str) -> list[Pair]:
     stems = Counter(_stem(pair) for pair in usable.values() if not pair.id)
     taken = {pair.id for pair in usable.values()}
     records: dict[str, Pair] = {}
+    seen: dict[Pair, int] = {}
     for line, pair in usable.items():
+        if pair in seen:
+            faults[line] = f"the same as line {seen[pair]}"
+            continue
+        seen[pair] = line
         id = pair.id or _stem(pair)
-        if not pair.id and (stems[id] > 1 or id in taken):
-            id = os.path.splitext(os.path.relpath(pair.flow or str(pair.image1), folder))[0]
+        if not pair.id and (stems[id] > 1 or id in taken):  # several pairs may share a flow: renderings of one scene
+            paths = (os.path.relpath(str(path), folder) for path in (pair.flow or pair.image1, pair.image1))
+            names = (*(os.path.splitext(path)[0] for path in paths), f"line {line}")
+            id = next(name for name in names if name not in records and name not in taken)
         if id in records:
             faults[line] = f"id {id} again"
         else:

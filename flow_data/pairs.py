@@ -11,6 +11,7 @@ Flow in a `.png` is KITTI's format: ground truth at some pixels, which is augmen
 (`flow_data.sources.is_sparse`).
 """
 
+import logging
 import os
 import re
 from collections.abc import Collection
@@ -20,7 +21,9 @@ from datasets import Dataset
 
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.pair_tables import MASK_SUFFIXES, TABLE_SUFFIXES, read_table
-from flow_data.pairing import Pair, absolute, choose, listing, to_dataset
+from flow_data.pairing import Pair, absolute, choose, first_few, listing, to_dataset
+
+logger = logging.getLogger("flow_data.sources")
 
 LAYOUT = (
     "pairs.csv or pairs.jsonl with columns image1, image2, flow; or sub-folders image1, image2, flow; or files "
@@ -73,6 +76,8 @@ def _of_folder(path: str, sub_folders: bool) -> Dataset:
         if not mask.lower().endswith(MASK_SUFFIXES):  # better than to train on what it masks
             raise ValueError(f"pairs: expected a mask ending in {', '.join(MASK_SUFFIXES)}, received {mask}")
     stem_set = {*found["image1"], *found["image2"], *found["flow"]}
+    if orphans := sorted(set(found["valid"]) - stem_set):
+        logger.warning("pairs: %d masks without a pair: %s", len(orphans), first_few(orphans))
     records = [Pair(stem, *(found[kind].get(stem) for kind in kinds)) for stem in stem_set]
     truth = bool(found["flow"]) or (sub_folders and os.path.isdir(f"{path}/flow"))
     return to_dataset("pairs", records, path, LAYOUT, truth=truth)

@@ -105,6 +105,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(str(error))
     if args.data_dir is None and args.source != "synthetic":
         parser.error(f"--data_dir is missing: the folder of {args.source}")
+    if args.output is not None and args.output.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--output: no picture has the suffix of {args.output}")
     for name in ("num_pairs", "max_pairs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -11,24 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import Hub
+from tiny_run import PROJECT, TINY_MODEL, free_port
 
 from flow_data.features import to_sample
 from flow_data.flow_io import write_flow
 from flow_data.hub_dataset import ParquetRows, flow_is_sparse, load_hub_dataset
 from flow_data.publish import plan_shards, publish_to_folder
-from flow_data.sources import load_source
+from flow_data.sources import is_sparse, load_source
 from flow_training.run_log import read_log
 
-PROJECT = Path(__file__).resolve().parents[1]
 SIZE = 72, 88  # h, w
 NUM_PAIRS = 7
-TINY_MODEL = (
-    "{feature_dim: 16, hidden_dim: 16, context_dim: 16, encoder_widths: [8, 8, 12, 16], corr_radius: 2, "
-    "motion_corr_widths: [16], motion_flow_widths: [16, 16], motion_dim: 18, flow_head_dim: 16}"
-)
 
 
 def make_pairs(root: Path, suffix: str = ".flo", num_pairs: int = NUM_PAIRS) -> Path:
@@ -58,12 +53,6 @@ def run(hub: Hub, cache: Path, *command: str | Path, timeout: int = 300) -> subp
 def publish(hub: Hub, cache: Path, source: str, root: Path, *flags: str) -> subprocess.CompletedProcess:
     command = ["-m", "flow_data.publish", source, "--data_dir", root, "--repo_id", "user/pairs", *flags]
     return run(hub, cache, *command)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +98,7 @@ def test_anyone_can_read_what_is_published(published, root):
     files = files_of(published)
     shards = sorted(path for path in files if path.endswith(".parquet"))
     assert len(shards) > 1 and shards[0] == f"data/train-00000-of-{len(shards):05d}.parquet"
-    assert sorted(set(files) - set(shards)) == [".gitattributes", "README.md"][-len(set(files) - set(shards)) :]
+    assert set(files) - set(shards) == {"README.md"}
     rows = []
     for shard in shards:
         reader = pq.ParquetFile(io.BytesIO(files[shard]))
@@ -270,6 +259,48 @@ def test_a_wrong_split_or_column_is_named(folder, tmp_path, streaming):
         load_hub_dataset(str(tmp_path / "nowhere"), streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_any_kitti_flow_makes_it_sparse_as_in_files(tmp_path, streaming):
+    root = make_pairs(tmp_path / "pairs", num_pairs=3)
+    (root / "02_flow.flo").unlink()
+    write_flow(root / "02_flow.png", np.zeros((*SIZE, 2), np.float32))
+    pairs = load_source("pairs", root)
+    publish_to_folder("pairs", {"train": pairs}, tmp_path / "out")
+    assert is_sparse("pairs", pairs) and flow_is_sparse(load_hub_dataset(str(tmp_path / "out"), streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_columns_of_others_are_read_or_refused_alike(folder, tmp_path, streaming):
+    """Pictures as bare bytes are taken; flow as numbers is not."""
+    table = pq.read_table(folder / "data").drop_columns(["id", "valid"])
+    bare = [picture["bytes"] for picture in table["image1"].to_pylist()]
+    (tmp_path / "bare").mkdir()
+    pq.write_table(table.set_column(0, "image1", pa.array(bare)), tmp_path / "bare" / "train.parquet")
+    rows = load_hub_dataset(str(tmp_path / "bare"), streaming=streaming)
+    expected = load_hub_dataset(str(folder))
+    np.testing.assert_array_equal(to_sample(rows[3]).image1, to_sample(expected[3]).image1)
+    (tmp_path / "numbers").mkdir()
+    numbers = table.set_column(table.column_names.index("flow"), "flow", pa.array([1.0] * NUM_PAIRS))
+    pq.write_table(numbers, tmp_path / "numbers" / "train.parquet")
+    with pytest.raises(OSError, match="dataset_name: cannot read .*numbers: expected a column of paths or of 'bytes'"):
+        load_hub_dataset(str(tmp_path / "numbers"), streaming=streaming)
+
+
+def test_damage_is_told_with_the_row(folder, tmp_path):
+    table = pq.read_table(folder / "data")
+    flows = table["flow"].to_pylist()
+    flows[2]["bytes"] = flows[2]["bytes"][:-1]
+    spoilt = table.set_column(table.column_names.index("flow"), "flow", pa.array(flows))
+    pq.write_table(spoilt, tmp_path / "train.parquet", row_group_size=1)
+    rows = load_hub_dataset(str(tmp_path), streaming=True)
+    assert to_sample(rows[1]).valid.all()
+    with pytest.raises(OSError, match="cannot read row 2 of .*02_flow.flo: truncated"):
+        rows[2]
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(OSError, match=f"cannot read {tmp_path}"):
+        load_hub_dataset(str(tmp_path), streaming=True)
+
+
 def test_data_sets_without_ids_or_masks_will_do(folder, tmp_path):
     table = pq.read_table(folder / "data").drop_columns(["id", "valid"])
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=3)
@@ -315,6 +346,18 @@ def test_round_trip_over_the_server(published, root, tmp_path, how):
         footers = len([path for path in files_of(published) if path.endswith(".parquet")])
         assert len(downloads) == footers + NUM_PAIRS  # one request a row
         assert all(path.stat().st_size < 10_000 for path in tmp_path.rglob("*"))  # no pair was left on the disk
+
+
+@pytest.mark.slow
+def test_a_downloaded_data_set_is_read_offline(published, tmp_path):
+    assert run(published, tmp_path, "-c", READ_ALL, "downloaded").returncode == 0
+    published.fault = lambda request: 401
+    again = run(published, tmp_path, "-c", READ_ALL, "downloaded")
+    streamed = run(published, tmp_path, "-c", READ_ALL, "streaming")
+    published.fault = lambda request: None
+    assert again.returncode == 0 and len(json.loads(again.stdout)) == NUM_PAIRS, again.stderr
+    assert streamed.returncode == 1 and "OSError: dataset_name: cannot read user/pairs" in streamed.stderr
+    assert "without --streaming" in streamed.stderr
 
 
 @pytest.mark.slow
@@ -414,7 +457,3 @@ def test_training_without_its_data_set_says_so(published, tmp_path):
     result = run(published, tmp_path, *command)
     assert result.returncode == 1 and "dataset_name: cannot read user/nothing" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_environment_of_this_process_is_offline():
-    assert os.environ["HF_HUB_OFFLINE"] == "1"

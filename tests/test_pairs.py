@@ -170,7 +170,8 @@ GOOD = '{"image1": "files/3_img1.png", "image2": "files/3_img2.png", "flow": "fi
         (GOOD.replace('"files/3_img1.png"', "3"), "image1 is not text"),
         (GOOD.replace('"files/3_flow.flo"', '["files/3_flow.flo"]'), "flow is not text"),
         (GOOD.replace('"a"', "true"), "id is not text"),
-        (GOOD, "id a again"),
+        (GOOD, "the same as line 1"),
+        (GOOD.replace("3_flow", "5_flow"), "id a again"),
     ],
 )
 def test_bad_lines_of_jsonl(folder, caplog, line, fault):
@@ -186,8 +187,7 @@ def test_bad_lines_are_counted_and_three_named(folder, caplog):
     assert len(load_source("pairs", folder)) == 1
     assert (
         "left out 4 lines of" in caplog.text
-        and "line 3 (id files/10_flow again), line 4 (no such file: a), line 5 (id files/10_flow again), ...\n"
-        in caplog.text
+        and "line 3 (the same as line 2), line 4 (no such file: a), line 5 (the same as line 2), ...\n" in caplog.text
     )
 
 
@@ -352,3 +352,18 @@ def test_any_png_makes_pairs_sparse(tmp_path):
     (tmp_path / "flow/5.PNG").write_bytes(b"never decoded")
     assert is_sparse("pairs", dataset)
     assert not is_sparse("sintel_clean", dataset) and is_sparse("hd1k", dataset)
+
+
+def test_pairs_may_share_a_flow(folder, caplog):
+    """Two renderings of one scene, over one ground truth; the names of the pairs tell them apart."""
+    lines = [f"files/{mark}_img1.png,files/{mark}_img2.png,files/3_flow.flo," for mark in (3, 5)]
+    lines.append("files/3_img1.png,files/5_img2.png,files/3_flow.flo,")
+    write_csv(folder / "pairs.csv", *lines)
+    assert list(load_source("pairs", folder)["id"]) == ["files/3_flow", "files/3_img1", "files/5_img1"]
+    assert "left out" not in caplog.text
+
+
+def test_masks_without_a_pair_are_told(folder, caplog):
+    (folder / "files" / "mask_valid.png").write_bytes((folder / "files" / "3_valid.png").read_bytes())
+    load_source("pairs", folder / "files")
+    assert "1 masks without a pair: mask" in caplog.text
