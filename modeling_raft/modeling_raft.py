@@ -21,6 +21,7 @@ from .correlation_raft import CorrelationPyramid, pixel_grid
 from .loss_raft import sequence_loss
 
 GRID = 8  # image pixels per pixel of the grid on which flow is estimated
+FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
 
 
 @dataclass
@@ -103,6 +104,26 @@ class Encoder(nn.Module):
         return self.dropout(self.projection(x))
 
 
+def cast_saturating(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` as `dtype`, where what float16 cannot hold becomes its largest number, of the same sign, and not infinite.
+
+    Correlation grows with the square of the features: up to 33 with published weights, and to 500 with new ones, but
+    out of float16's range if features grow tenfold in training. An infinity would be NaN after the next convolution,
+    and so would the loss, which no smaller loss scale mends. A number at the limit is harmless: it only ever reaches
+    the recurrent unit's gates, which saturate. The original has no such limit (and no values near it).
+    """
+    x = x.to(dtype)
+    return F.hardtanh(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == torch.float16 else x
+
+
+def relu_saturating(x: Tensor) -> Tensor:
+    """ReLU in place of `x`, likewise: in float16, infinity becomes the largest number. Other types know no limit."""
+    if x.dtype == torch.float16:
+        # In place, the backward pass needs the result only, as that of ReLU does: no memory on top.
+        return F.hardtanh(x, 0.0, FLOAT16_MAX, inplace=True)
+    return F.relu(x)
+
+
 class MotionEncoder(nn.Module):
     """Correlations and flow to motion features `(B, motion_dim, h, w)`, whose last two channels are the flow."""
 
@@ -123,10 +144,10 @@ class MotionEncoder(nn.Module):
     def forward(self, corr: Tensor, flow: Tensor) -> Tensor:
         corr_features, flow_features = corr, flow
         for conv in self.corr_convs:
-            corr_features = F.relu(conv(corr_features))
+            corr_features = relu_saturating(conv(corr_features))
         for conv in self.flow_convs:
-            flow_features = F.relu(conv(flow_features))
-        motion = F.relu(self.fusion(torch.cat([corr_features, flow_features], dim=1)))
+            flow_features = relu_saturating(conv(flow_features))
+        motion = relu_saturating(self.fusion(torch.cat([corr_features, flow_features], dim=1)))
         return torch.cat([motion, flow], dim=1)
 
 
@@ -166,7 +187,7 @@ class UpdateBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden: Tensor, context: Tensor, corr: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
         """All inputs are `(B, channels, h, w)`; returns `hidden` and the flow's change `(B, 2, h, w)`, grid pixels."""
-        motion = self.motion_encoder(corr.to(hidden.dtype), flow.to(hidden.dtype))
+        motion = self.motion_encoder(cast_saturating(corr, hidden.dtype), cast_saturating(flow, hidden.dtype))
         inputs = torch.cat([context, motion], dim=1)
         for gru in self.grus:
             hidden = gru(hidden, inputs)
@@ -265,7 +286,9 @@ class RaftForOpticalFlow(PreTrainedModel):
             return_dict: False gives a tuple of what is not None, in the order of `RaftOutput`.
 
         Returns:
-            `RaftOutput`; its flow is float32 at least.
+            `RaftOutput`; its flow and loss are float32 at least, under autocast and with weights in half precision
+            (`from_pretrained(..., dtype=torch.float16)`) too: coordinates, correlation, upsampling and loss are
+            computed in float32. Whatever the precision, `pixel_values` may be float32.
 
         Raises:
             ValueError: A tensor's size does not fit; the message has the expected and the received one.
