@@ -1,0 +1,160 @@
+"""Launching on several processes and machines, in real processes; and the files that say how."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from tiny_run import PROJECT, environment, figures, flags, free_port, train
+
+ACCELERATE = PROJECT / "configs" / "accelerate"
+FILES = sorted(ACCELERATE.glob("*.yaml"))
+CPU = ["--mixed_precision", "no"]  # there is no fp16 on a CPU; environment() says that there is no GPU
+
+
+def launch(config: str, options: list[str], words: list[str]) -> subprocess.Popen:
+    """Start train_flow.py through a file of configs/accelerate; options win over it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / config)]
+    command += [*options, str(PROJECT / "train_flow.py"), *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=PROJECT
+    )
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """Wait for all; what each has said."""
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text
+    return said
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """The run that all others repeat."""
+    output_dir = tmp_path_factory.mktemp("runs") / "one"
+    result = train(output_dir, **SETTINGS)
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+SETTINGS = {
+    "validation_sets": "synthetic",
+    "validation_steps": "2",
+    "per_device_train_batch_size": "1",
+    "checkpointing_steps": "2",
+}
+
+
+def assert_same_run(ours: Path, theirs: Path, rel: float = 1e-5) -> None:
+    """The same figures up to the order in which numbers are added."""
+    assert len(figures(ours)) == len(figures(theirs)) > 4
+    for line, expected in zip(figures(ours), figures(theirs), strict=True):
+        assert line == pytest.approx(expected, rel=rel, abs=1e-7)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_are_what_accelerate_reads(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    assert isinstance(config, ClusterConfig)
+    written = yaml.safe_load(path.read_text())
+    assert all(not isinstance(value, bool) or key in ("use_cpu", "same_network") for key, value in written.items())
+    assert config.mixed_precision == ("no" if path.stem == "cpu" else path.stem.rpartition("_")[2])
+    several = path.stem.startswith(("gpus", "machines"))
+    assert config.distributed_type == (DistributedType.MULTI_GPU if several else DistributedType.NO)
+    assert (config.num_processes > 1) == several and config.num_processes % config.num_machines == 0
+    assert (config.num_machines > 1) == path.stem.startswith("machines")
+    assert config.use_cpu == (path.stem == "cpu")
+    assert path.name in written_commands(path)
+
+
+def written_commands(path: Path) -> str:
+    """The command in the comment at a file's head."""
+    lines = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+    (command,) = [line for line in lines if line.startswith("accelerate launch")]
+    return command
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_launch_needs_no_question_and_no_guess(path, caplog, monkeypatch):
+    """Whatever is left open, `accelerate launch` would warn of, or guess from the machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # else it says how many threads it takes
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "train_flow.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert not [record for record in caplog.records if "defaults used instead" in record.message]
+    assert arguments.multi_gpu == path.stem.startswith(("gpus", "machines"))
+    if path.stem.startswith("machines"):
+        for name in ("main_process_ip", "main_process_port", "machine_rank", "num_machines"):
+            assert getattr(arguments, name) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [("cpu.yaml", []), ("one_gpu_fp16.yaml", CPU), ("gpus_fp16.yaml", CPU)],
+)
+def test_one_machine(config, options, one_process, tmp_path):
+    if config.startswith("gpus"):
+        options = [*options, "--main_process_port", str(free_port())]
+    (said,) = finish(launch(config, options, flags(tmp_path / "run", **SETTINGS)))
+    assert_same_run(tmp_path / "run", one_process)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"{2 if config.startswith('gpus') else 1} x CPU" in card
+
+
+@pytest.mark.slow
+def test_bf16_on_several_processes(one_process, tmp_path):
+    """As the file says it, but for the GPUs."""
+    (said,) = finish(
+        launch("gpus_bf16.yaml", ["--main_process_port", str(free_port())], flags(tmp_path / "run", **SETTINGS))
+    )
+    settings = yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())
+    assert settings["mixed_precision"] == "bf16"
+    first, expected = figures(tmp_path / "run")[0], figures(one_process)[0]
+    assert first["loss"] == pytest.approx(expected["loss"], rel=0.05) and first["loss"] != expected["loss"]
+
+
+def launch_machines(folders: list[Path], *switches: str, **settings: str | None) -> list[subprocess.Popen]:
+    """One process on each of as many machines as there are folders, all of them this one."""
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    count = ["--num_machines", str(len(folders)), "--num_processes", str(len(folders))]
+    return [
+        launch(
+            "machines_fp16.yaml",
+            [*CPU, *place, *count, "--machine_rank", str(rank)],
+            flags(folder, *switches, **SETTINGS | settings),
+        )
+        for rank, folder in enumerate(folders)
+    ]
+
+
+@pytest.mark.slow
+def test_two_machines_do_what_one_process_does(one_process, tmp_path):
+    """Half of the run, and the other half after a new start from the checkpoint in the folder that they share."""
+    folder = tmp_path / "shared"
+    said = finish(*launch_machines([folder, folder]))
+    assert_same_run(folder, one_process)
+    assert "2 x CPU" in (folder / "README.md").read_text()
+    names = {path.name for path in (folder / "checkpoint-2").iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= names
+    assert "weights, model card and log are in" in said[0] and "weights" not in said[1]  # said once
+
+    before = load_file(folder / "model.safetensors")
+    for name in ("model.safetensors", "run_config.yaml", "README.md"):
+        (folder / name).unlink()
+    checkpoint = ["--resume_from_checkpoint", str(folder / "checkpoint-2")]
+    finish(*launch_machines([folder, folder], *checkpoint))
+    assert_same_run(folder, one_process)
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.equal(after[name]), name
