@@ -4,20 +4,22 @@ Positions and augmentations follow from (seed, number of the sample in the run),
 and worker, different in every epoch, and known without replaying what came before.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from flow_data.features import FlowSample, to_sample
 
 MAX_NOISE = 5.0  # sigma of 255 grey levels; princeton-vl/RAFT, train.py, --add_noise
 PIXEL_VALUES = 2 * (np.arange(256, dtype=np.float32) / 255) - 1  # of each grey level, as the model takes it
 # Streams of random numbers that must not repeat each other, told apart by a second word of the seed.
-ORDER, AUGMENTATION, NOISE_SIGMA, NOISE = range(4)
+ORDER, AUGMENTATION, NOISE_SIGMA, NOISE, REPLACEMENT = range(5)
+MAX_REPLACEMENTS = 100  # bad pairs in a row: then it is not the pairs that are bad
 
 
 class MixSource(NamedTuple):
@@ -69,10 +71,18 @@ class TrainingPairs(Dataset):
         seed: Of the run.
         noise_batch_size: Add noise whose sigma is one for each so many consecutive samples (an optimizer step's);
             None: no noise.
+        skip_bad: Take another pair, drawn from the seed and the sample's number, where one cannot be read.
     """
 
-    def __init__(self, sources: Sequence[MixSource], seed: int, noise_batch_size: int | None = None):
-        self.sources, self.seed, self.noise_batch_size = sources, seed, noise_batch_size
+    def __init__(
+        self,
+        sources: Sequence[MixSource],
+        seed: int,
+        noise_batch_size: int | None = None,
+        skip_bad: bool = False,
+    ):
+        self.sources, self.seed = sources, seed
+        self.noise_batch_size, self.skip_bad = noise_batch_size, skip_bad
         self.ends = np.cumsum([len(source.dataset) * source.repeats for source in sources])
 
     def __len__(self) -> int:
@@ -85,14 +95,25 @@ class TrainingPairs(Dataset):
             key: (sample number, position), as `RunSampler` yields them.
 
         Returns:
-            `id`; `pixel_values` `(2, 3, H, W)` float32 in [-1, 1]; `labels` `(2, H, W)` float32, pixels; `valid`
-            `(H, W)` bool.
+            `number`; `id`; `pixel_values` `(2, 3, H, W)` float32 in [-1, 1]; `labels` `(2, H, W)` float32, pixels;
+            `valid` `(H, W)` bool; `replaced`, what was wrong with the pair in whose place this one is, or "". Or
+            nothing but `error`, what is wrong, in words: from a worker, an exception would come with its traceback.
         """
         number, position = key
-        source_number = int(np.searchsorted(self.ends, position, side="right"))
-        source = self.sources[source_number]
-        # position - end is negative, a count backwards from the source's last row: its remainder is the row
-        row = source.dataset[(position - int(self.ends[source_number])) % len(source.dataset)]
+        fault = ""
+        for attempt in range(MAX_REPLACEMENTS + 1):
+            try:
+                return self._load(number, position) | {"replaced": fault}
+            except (ValueError, OSError) as error:
+                fault = fault or f"{self._source_of(position)[0].name}: {error}"
+            if not self.skip_bad:
+                return {"error": fault}
+            position = int(np.random.default_rng([self.seed, REPLACEMENT, number, attempt]).integers(len(self)))
+        return {"error": f"{fault}; and so on, {MAX_REPLACEMENTS} pairs in its place"}
+
+    def _load(self, number: int, position: int) -> dict[str, Any]:
+        source, row_number = self._source_of(position)
+        row = source.dataset[row_number]
         sample = source.augment(to_sample(row), np.random.default_rng([self.seed, AUGMENTATION, number]))
 
         if self.noise_batch_size is None:
@@ -102,11 +123,19 @@ class TrainingPairs(Dataset):
             frames = self._add_noise(frames, number, step=number // self.noise_batch_size)
             pixel_values = torch.from_numpy(2 * (frames / 255) - 1).permute(0, 3, 1, 2).contiguous()
         return {
+            "number": number,
             "id": f"{source.name}/{row['id']}",
             "pixel_values": pixel_values,
             "labels": torch.from_numpy(sample.flow).permute(2, 0, 1).contiguous(),
             "valid": torch.from_numpy(np.ascontiguousarray(sample.valid)),
         }
+
+    def _source_of(self, position: int) -> tuple[MixSource, int]:
+        """The source of a position, and the number of its row."""
+        source_number = int(np.searchsorted(self.ends, position, side="right"))
+        source = self.sources[source_number]
+        # position - end is negative, a count backwards from the source's last row: its remainder is the row
+        return source, (position - int(self.ends[source_number])) % len(source.dataset)
 
     def _add_noise(self, frames: np.ndarray, number: int, step: int) -> np.ndarray:
         sigma = np.random.default_rng([self.seed, NOISE_SIGMA, step]).uniform(0, MAX_NOISE)
@@ -123,7 +152,20 @@ def _to_pixel_values(sample: FlowSample) -> torch.Tensor:
     return torch.from_numpy(pixel_values)
 
 
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the samples of a batch; or nothing but `error` of those that have one."""
+    errors = [sample["error"] for sample in samples if "error" in sample]
+    return {"error": errors} if errors else default_collate(samples)
+
+
 def use_one_thread(worker_id: int) -> None:
     """For DataLoader workers: the threads of OpenCV and torch in each of them would fight for the same cores."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+
+
+def prepare_worker(worker_id: int) -> None:
+    """For the workers of a run: one thread each, and none ends before the run ends it."""
+    use_one_thread(worker_id)
+    for number in (signal.SIGTERM, signal.SIGINT):  # what schedulers and Ctrl-C send to all processes of a group
+        signal.signal(number, signal.SIG_IGN)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 
 NAME = re.compile(r"checkpoint-(\d+)")
+SETTINGS = "settings.yaml"
 
 
 class RunProgress:
@@ -23,12 +25,22 @@ class RunProgress:
         self.step = 0  # optimizer steps done
         self.sums = torch.zeros(num_sums, dtype=torch.float64)
 
+        self.validation_due = False  # stopped after the step and before its validation
+        self.bad_samples: dict[str, int] = {}  # what was wrong with pairs that were replaced -> how often
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "sums": self.sums.tolist()}
+        return {
+            "step": self.step,
+            "sums": self.sums.tolist(),
+            "validation_due": self.validation_due,
+            "bad_samples": self.bad_samples,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self.validation_due = state["validation_due"]
+        self.bad_samples = dict(state["bad_samples"])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -39,52 +51,91 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
+def find_checkpoint(resume_from: str, output_dir: Path) -> Path | None:
     """The folder that `--resume_from_checkpoint` means.
 
     Args:
-        resume_from: A checkpoint's folder, or `latest`: the one of `output_dir` with the highest step.
+        resume_from: A checkpoint's folder, or `latest`: the one of `output_dir` with the highest step, or `auto`:
+            likewise, if there is any.
 
     Raises:
         FileNotFoundError: There is none; the message says where it was looked for.
     """
-    if resume_from == "latest":
+    if resume_from in ("latest", "auto"):
         checkpoints = list_checkpoints(output_dir)
-        if not checkpoints:
-            raise FileNotFoundError(f"resume_from_checkpoint: latest, but there is no checkpoint-* in {output_dir}")
-        return checkpoints[-1]
+        if not checkpoints and resume_from == "latest":
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: latest, but there is no checkpoint-* in {output_dir}; "
+                "with auto the run starts from the beginning then"
+            )
+        return checkpoints[-1] if checkpoints else None
     path = Path(resume_from)
     if not path.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: no such folder: {path}")
     if not NAME.fullmatch(path.resolve().name):
         raise FileNotFoundError(
-            f"resume_from_checkpoint: {path} is no checkpoint: give its checkpoint-STEP folder, or 'latest'"
+            f"resume_from_checkpoint: {path} is no checkpoint: give its checkpoint-STEP folder, 'latest' or 'auto'"
         )
     return path
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None, settings: dict[str, Any]
+) -> None:
     """Save the state of all processes as `checkpoint-{step}`; then remove the oldest beyond `total_limit`.
 
     It is written under another name, flushed to disk and renamed, so that a killed run leaves no half checkpoint.
+
+    Args:
+        accelerator: Whose registered objects are saved.
+        output_dir: The run's folder, on a file system that all processes share.
+        step: Optimizer steps done.
+        total_limit: How many checkpoints are kept; None: all.
+        settings: What the run must be gone on with, for `load_settings`.
+
+    Raises:
+        OSError: It cannot be written, for example to a full disk; what was written of it is removed, and older
+            checkpoints are as they were.
     """
     unfinished, finished = output_dir / f"unfinished-checkpoint-{step}", output_dir / f"checkpoint-{step}"
     if accelerator.is_main_process and unfinished.exists():
         shutil.rmtree(unfinished)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
+    try:
+        accelerator.save_state(str(unfinished))
+        if accelerator.is_main_process:
+            (unfinished / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for path in [*unfinished.rglob("*"), unfinished]:
+                _flush(path)
+            if finished.exists():
+                shutil.rmtree(finished)
+            os.replace(unfinished, finished)
+            _flush(output_dir)
+    except Exception as error:  # of the file system, torch and safetensors, each in its own type
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = list_checkpoints(output_dir)
+        last = f"the last good one is {kept[-1]}" if kept else "there is none before it"
+        raise OSError(f"cannot write {finished}: {error}; {last}") from error
+    if accelerator.is_main_process and total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
-        if finished.exists():
-            shutil.rmtree(finished)
-        os.replace(unfinished, finished)
-        _flush(output_dir)
-        if total_limit is not None:
-            for old in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+
+
+def load_settings(checkpoint: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was saved with.
+
+    Raises:
+        ValueError: It is not one of this trainer's.
+    """
+    path = checkpoint / SETTINGS
+    if not path.is_file():
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} holds no {SETTINGS}: it is no checkpoint of this trainer"
+        )
+    return yaml.safe_load(path.read_text())
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> None:

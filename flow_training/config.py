@@ -20,6 +20,14 @@ from flow_data.synthetic import SyntheticOptions
 logger = logging.getLogger(__name__)
 
 
+# Settings that change nothing but where things lie, what is watched, and the rounding of sums.
+FREE_ON_RESUME = frozenset(
+    "output_dir data_root pairs_path streaming dataloader_num_workers per_device_train_batch_size "
+    "gradient_checkpointing logging_steps report_to validation_sets validation_steps synthetic_validation_pairs "
+    "checkpointing_steps checkpoints_total_limit push_to_hub hub_model_id hub_private_repo".split()
+)
+
+
 class YamlMapping(dict):
     """A mapping; on the command line it is YAML text in quotes."""
 
@@ -80,6 +88,7 @@ class TrainingConfig:
     )
     flip: bool = option(True, "Flip pairs at random.")
     add_noise: bool = option(False, "Add Gaussian noise to both frames, sigma uniform in [0, 5] of 255 grey levels.")
+    skip_bad_samples: bool = option(False, "Replace pairs that cannot be read by others, instead of stopping.")
     dataloader_num_workers: int = option(4, "Processes that prepare pairs, for each training process.")
     synthetic_image_size: list[int] = option(
         list(SyntheticOptions().image_size), "Height and width of synthetic pairs."
@@ -118,12 +127,15 @@ class TrainingConfig:
 
     # watching and keeping
     logging_steps: int = option(100, "A line in train_log.jsonl every so many steps.")
-    report_to: Literal["tensorboard", "none"] = option("tensorboard", "Where else figures go.")
+    report_to: list[str] = option(["tensorboard"], "Where else figures go: trackers of accelerate by name, or none.")
     validation_sets: list[str] = option([], "SOURCE or SOURCE:SPLIT, each by its published protocol; nothing: none.")
     validation_steps: int = option(5000, "Validate every so many steps, and at the end.")
     checkpointing_steps: int = option(5000, "Save a checkpoint every so many steps.")
     checkpoints_total_limit: int | None = option(None, "Keep only so many newest checkpoints; default: all.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint's folder, or 'latest' of output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint's folder; 'latest' of output_dir; or 'auto': latest, or from the start if there is none."
+    )
+    allow_config_changes: bool = option(False, "Go on from a checkpoint although settings have changed that matter.")
 
     # Hub
     push_to_hub: bool = option(False, "Push the final model to the Hub.")
@@ -143,6 +155,8 @@ class TrainingConfig:
                 raise ValueError(f"train_mix: {source} needs a whole number of at least 1; got {repeats!r}")
             if self.train_split is not None:
                 check_split(source, self.train_split)
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"report_to: none excludes all others; got {' '.join(self.report_to)}")
         if not self.train_mix and self.dataset_name is None:
             raise ValueError(
                 "train_mix is required: it maps sources to repeats, e.g. {flying_chairs: 1}; "
@@ -235,9 +249,18 @@ class TrainingConfig:
         values = dataclasses.asdict(self) | {
             name: dict(getattr(self, name)) for name in ("train_mix", "config_overrides")
         }
-        values.pop("hub_token")
-        values.pop("resume_from_checkpoint")  # of this start, not of the run
+        for name in ("hub_token", "resume_from_checkpoint", "allow_config_changes"):  # of this start, not of the run
+            values.pop(name)
         return values
+
+    def trajectory(self, num_pairs: dict[str, int]) -> dict[str, Any]:
+        """What makes the run's figures what they are, and so must not change when it is gone on with.
+
+        Args:
+            num_pairs: Source -> how many pairs it has.
+        """
+        values = {name: value for name, value in self.to_dict().items() if name not in FREE_ON_RESUME}
+        return values | {"num_pairs": num_pairs}
 
 
 def split_validation_set(entry: str) -> tuple[str, str | None]:

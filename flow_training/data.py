@@ -29,7 +29,8 @@ def open_dataset(config: TrainingConfig, source: str, split: str) -> Any:
         root = Path(config.pairs_path)
     dataset = load_source(source, root, split)
     if not has_ground_truth(dataset):
-        raise ValueError(f"{source}: the split {split} has no ground truth; it is for submissions")
+        wanted = "a column or files of flow" if source == "pairs" else "a split that is not for submissions"
+        raise ValueError(f"{source}: the split {split} has no ground truth in {root}; expected {wanted}")
     return undecoded(dataset)
 
 
@@ -59,7 +60,8 @@ def training_pairs(config: TrainingConfig) -> TrainingPairs:
         )
         for name, rows, sparse, repeats in mix
     ]
-    return TrainingPairs(sources, config.seed, config.total_batch_size if config.add_noise else None)
+    noise_batch_size = config.total_batch_size if config.add_noise else None
+    return TrainingPairs(sources, config.seed, noise_batch_size, config.skip_bad_samples)
 
 
 def validation_sets(config: TrainingConfig) -> list[tuple[str, Any, Protocol]]:

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from flow_data.features import to_sample
+from flow_inference.pictures import draw_comparison
 from flow_inference.prediction import predict_pair
 from flow_training.metrics import error_sums, ratios, summarize
 from modeling_raft import RaftForOpticalFlow
@@ -136,3 +138,23 @@ def evaluate_sets(
     }
     model.train(was_training)
     return reports
+
+
+def draw_sets(
+    model: RaftForOpticalFlow, sets: Sequence[tuple[str, Any, Protocol]], accelerator: Accelerator
+) -> dict[str, np.ndarray]:
+    """Draw the first pair of each set: frame 1, true flow, predicted flow, error.
+
+    Returns:
+        name -> `(H, W, 3)` uint8. Leaves the model in the mode it found it in.
+    """
+    was_training = model.training
+    model.eval()
+    pictures = {}
+    for name, dataset, protocol in sets:
+        sample = to_sample(dataset[0])
+        with accelerator.autocast():
+            flow_pred = predict_pair(model, sample.image1, sample.image2, protocol.num_flow_updates, protocol.padding)
+        pictures[name] = draw_comparison(sample.image1, sample.flow, sample.valid, flow_pred)
+    model.train(was_training)
+    return pictures

@@ -1,7 +1,9 @@
 """What a run gives away: weights, processor, model card, settings; in its folder and, if asked, on the Hub."""
 
 import importlib.metadata
+import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def write_run(
     seconds: float,
     device: str,
 ) -> None:
-    """Write everything that a finished run publishes.
+    """Write everything that a finished run publishes, each file whole or not at all.
 
     Args:
         output_dir: The run's folder.
@@ -52,11 +54,26 @@ def write_run(
         reports: Validation set -> last report of `flow_training.evaluation`; may be empty.
         seconds: That this process trained.
         device: It trained on, in words.
+
+    Raises:
+        OSError: It cannot be written, for example to a full disk.
     """
-    model.save_pretrained(output_dir)
-    RaftImageProcessor(min_size=model.config.min_image_size).save_pretrained(output_dir)
-    (output_dir / RUN_CONFIG).write_text(yaml.safe_dump(run_config, sort_keys=False))
-    fill_card(output_dir.resolve().name, model, run_config, reports, seconds, device).save(output_dir / "README.md")
+    unfinished = output_dir / "unfinished-model"
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    card = fill_card(output_dir.resolve().name, model, run_config, reports, seconds, device)
+    try:
+        model.save_pretrained(unfinished)
+        RaftImageProcessor(min_size=model.config.min_image_size).save_pretrained(unfinished)
+        (unfinished / RUN_CONFIG).write_text(yaml.safe_dump(run_config, sort_keys=False))
+        card.save(unfinished / "README.md")
+        # The weights come last: where they are, the run is done and everything else is there too.
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, output_dir / path.name)
+    except Exception as error:  # of the file system or safetensors, each in its own type
+        raise OSError(f"cannot write the final weights to {output_dir}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def fill_card(

@@ -110,6 +110,7 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("", ["--train_mix", "flying_chairs"], "expected a mapping"),
         ("", ["--train_mix", "{}"], "train_mix is required"),
         ("", ["--streaming"], "streaming needs dataset_name"),
+        ("", ["--report_to", "none", "tensorboard"], "report_to: none excludes"),
         ("", ["--train_mix", "{synthetic: 1"], "is no YAML"),
         ("", ["stray"], "'stray' belongs to no flag"),
         ("- a list", [], "is no YAML"),

@@ -1,0 +1,114 @@
+"""The folder of a run: who may write into it, and what is resumed from it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flow_training.checkpoints import find_checkpoint, list_checkpoints
+from flow_training.run_log import FILE_NAME
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+
+
+class RunLock:
+    """Keeps a second run out of a folder for as long as this process lives, however it ends.
+
+    A lock of POSIX's `lockf`, as a forked DataLoader worker does not inherit it: `flock` would outlive a killed run in
+    its orphans.
+
+    Args:
+        output_dir: the run's folder; made if it is not there.
+
+    Raises:
+        ValueError: another run is in it, or it is a file.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, output_dir: Path):
+        if output_dir.exists() and not output_dir.is_dir():
+            raise ValueError(f"output_dir: {output_dir} is a file")
+        self._made_folder = not output_dir.exists()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._path = output_dir / LOCK
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(self._descriptor, 100).decode().strip()
+            os.close(self._descriptor)
+            raise ValueError(
+                f"another run writes into {output_dir} ({holder}): wait for it, end it, or choose another output_dir"
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.write(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+
+    def close(self) -> None:
+        """Let others in."""
+        os.close(self._descriptor)
+
+    def leave_no_trace(self) -> None:
+        """Let others in, and remove the folder if it was made for nothing."""
+        self.close()
+        if self._made_folder:
+            self._path.unlink()
+            self._path.parent.rmdir()
+
+
+def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint that a run goes on from, None for a new one.
+
+    Args:
+        output_dir: the run's folder.
+        resume_from: a checkpoint's folder; `latest`, the newest of output_dir; `auto`, likewise, or from the start
+            where there is none; or None.
+
+    Raises:
+        ValueError: output_dir holds a run that is not gone on with.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    checkpoint = None if resume_from is None else find_checkpoint(resume_from, output_dir)
+    goes_on_here = resume_from == "auto" or (
+        checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    )
+    if not goes_on_here and ((output_dir / FILE_NAME).exists() or list_checkpoints(output_dir)):
+        raise ValueError(
+            f"{output_dir} holds an earlier run: go on with it (--resume_from_checkpoint latest), "
+            "choose another output_dir, or remove it"
+        )
+    return checkpoint
+
+
+def check_same_run(checkpoint: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint with settings that make another run of it.
+
+    Args:
+        checkpoint: where `saved` comes from.
+        saved, settings: `flow_training.config.trajectory_settings`, then and now.
+
+    Raises:
+        ValueError: they differ; the message lists how.
+    """
+    names = [*saved, *(name for name in settings if name not in saved)]
+    changes = [
+        f"{name}: {_text(saved.get(name))} -> {_text(settings.get(name))}"
+        for name in names
+        if saved.get(name) != settings.get(name)
+    ]
+    if changes:
+        raise ValueError(
+            f"{checkpoint} was trained with other settings: {'; '.join(changes)}. Give the old ones, "
+            "or go on with the new ones all the same: --allow_config_changes"
+        )
+
+
+def _text(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()

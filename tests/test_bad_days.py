@@ -1,0 +1,261 @@
+"""What happens to a run when something happens to the machine, the data, or the person: nothing is lost."""
+
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import PROJECT, command, environment, figures, start, train
+
+from flow_data.flow_io import write_flow
+from flow_training.run_dir import RunLock
+from flow_training.run_log import read_log
+from modeling_raft import RaftForOpticalFlow
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+SETTINGS = {
+    "max_train_steps": str(STEPS),
+    "checkpointing_steps": "2",
+    "logging_steps": "1",
+    "validation_sets": "synthetic",
+    "validation_steps": "4",
+    "dataloader_num_workers": "1",
+}
+AUTO = ["--add_noise", "--resume_from_checkpoint", "auto"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run that nothing happened to."""
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    result = train(output_dir, "--add_noise", **SETTINGS)
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+def wait_for_step(process: subprocess.Popen, output_dir: Path, step: int, seconds: float = 120) -> None:
+    """Wait until the log has a step."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        log = output_dir / "train_log.jsonl"
+        if log.exists() and any(line["step"] >= step for line in read_log(log)):
+            return
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail(f"no step {step}: {process.communicate()[1]}")
+
+
+def assert_same_run(output_dir: Path, other: Path) -> None:
+    """The same log, line by line, and the same weights, bit by bit."""
+    assert figures(output_dir) == figures(other)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (output_dir, other))
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(whole, tmp_path):
+    """SIGKILL right after a step is logged, so also while a checkpoint is written; other workers each time."""
+    output_dir = tmp_path / "run"
+    for step, workers, pause in ((1, "1", 0.0), (4, "2", 0.02), (7, "0", 0.05), (10, "1", 0.0)):
+        process = start(output_dir, *AUTO, **SETTINGS | {"dataloader_num_workers": workers})
+        wait_for_step(process, output_dir, step)
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL and not (output_dir / "model.safetensors").exists()
+    result = train(output_dir, *AUTO, **SETTINGS)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(output_dir, whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_a_signal_saves_the_step_and_tells_how_to_go_on(whole, tmp_path, number, to_group):
+    """As a scheduler sends it: to the process, or to it and its workers; after a step that is no checkpoint's."""
+    output_dir = tmp_path / "run"
+    process = start(output_dir, "--add_noise", "--hub_token", "hf_secret", **SETTINGS)
+    wait_for_step(process, output_dir, 3)
+    os.killpg(process.pid, number) if to_group else process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    last = read_log(output_dir / "train_log.jsonl")[-1]["step"]
+    assert f"{number.name}: step {last} is saved" in errors and (output_dir / f"checkpoint-{last}").is_dir()
+    assert "--resume_from_checkpoint auto" in errors and "hf_secret" not in errors and "Traceback" not in errors
+    result = train(output_dir, *AUTO, **SETTINGS)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(output_dir, whole)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(whole, tmp_path):
+    output_dir = tmp_path / "run"
+    settings = SETTINGS | {"per_device_train_batch_size": "2"}
+    process = start(output_dir, "--add_noise", processes=2, **settings)
+    wait_for_step(process, output_dir, 3)
+    workers = [
+        child for child in psutil.Process(process.pid).children() if str(PROJECT / "train_flow.py") in child.cmdline()
+    ]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    last = read_log(output_dir / "train_log.jsonl")[-1]["step"]
+    assert process.returncode != 0 and f"SIGTERM: step {last} is saved" in errors
+    result = train(output_dir, *AUTO, processes=2, **settings)
+    assert result.returncode == 0, result.stderr
+    losses = [[line["loss"] for line in figures(path) if "loss" in line] for path in (output_dir, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # rounding grows from step to step
+
+
+def limit_files_to(size: int):
+    """What a full disk looks like to a process: no file can grow beyond so many bytes."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
+    output_dir = tmp_path / "run"
+    assert train(output_dir, **SETTINGS | {"max_train_steps": "3", "validation_sets": None}).returncode == 0
+    (output_dir / "model.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in (output_dir / "checkpoint-2").iterdir()}
+    switches = ["--resume_from_checkpoint", "latest", "--allow_config_changes"]
+    # no worker: what it hands over lies in files too, on another disk
+    words = command(output_dir, *switches, **SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"})
+    result = subprocess.run(
+        words, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"cannot write {output_dir}/checkpoint-4" in result.stderr
+    assert f"the last good one is {output_dir}/checkpoint-2" in result.stderr and "Go on with:" in result.stderr
+    assert before == {path.name: path.read_bytes() for path in (output_dir / "checkpoint-2").iterdir()}
+    assert not list(output_dir.glob("unfinished*")) and not (output_dir / "checkpoint-4").exists()
+
+
+def test_a_full_disk_at_the_end_loses_no_step(tmp_path):
+    output_dir = tmp_path / "run"
+    settings = {"max_train_steps": "1", "checkpointing_steps": "5"}
+    words = command(output_dir, **settings)
+    result = subprocess.run(
+        words, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "Go on with:" in result.stderr
+    assert not (output_dir / "model.safetensors").exists()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    output_dir = tmp_path / "run"
+    process = start(output_dir, **SETTINGS | {"max_train_steps": "1000", "dataloader_num_workers": "2"})
+    wait_for_step(process, output_dir, 1)
+    second = train(output_dir, *AUTO, **SETTINGS)
+    assert second.returncode == 1 and f"another run writes into {output_dir} (process {process.pid}" in second.stderr
+    process.kill()  # its workers live on for a moment; the lock does not
+    process.communicate()
+    third = train(output_dir, "--resume_from_checkpoint", "auto", "--allow_config_changes", max_train_steps="1")
+    assert third.returncode == 0, third.stderr
+
+
+def test_a_lock_dies_with_its_process_not_with_its_children(tmp_path):
+    lock = RunLock(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        with open(tmp_path / ".lock", "r+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os._exit(1)
+            except OSError:
+                os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    lock.close()
+
+
+def make_kitti(root: Path, num_pairs: int) -> Path:
+    data = root / "KITTI" / "training"
+    rng = np.random.default_rng(0)
+    for folder in ("image_2", "flow_occ"):
+        (data / folder).mkdir(parents=True)
+    for i in range(num_pairs):
+        for frame in (10, 11):
+            cv2.imwrite(str(data / "image_2" / f"{i:06d}_{frame}.png"), rng.integers(0, 256, (80, 160, 3), np.uint8))
+        flow = np.full((80, 160, 2), 2.0, dtype=np.float32)
+        write_flow(data / "flow_occ" / f"{i:06d}_10.png", flow, rng.random((80, 160)) < 0.3)
+    return data
+
+
+def test_a_corrupt_image_is_named_or_replaced(tmp_path):
+    data = make_kitti(tmp_path, 6)
+    bad = data / "image_2" / "000003_11.png"
+    bad.write_bytes(bad.read_bytes()[:500])
+    settings = {"train_mix": "{kitti_2015: 1}", "data_root": str(tmp_path), "total_batch_size": "2"}
+    settings |= {"max_train_steps": "9", "dataloader_num_workers": "1", "checkpointing_steps": "100"}
+    result = train(tmp_path / "stopped", **settings)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert str(bad) in result.stderr and "truncated" in result.stderr and "--skip_bad_samples" in result.stderr
+    done = len(figures(tmp_path / "stopped"))
+    assert f"Step {done} is saved" in result.stderr and (tmp_path / "stopped" / f"checkpoint-{done}").is_dir()
+
+    skipped = train(tmp_path / "skipped", "--skip_bad_samples", **settings)
+    assert skipped.returncode == 0, skipped.stderr
+    assert skipped.stderr.count(str(bad)) + skipped.stdout.count(str(bad)) == 1  # three epochs, named once
+    assert figures(tmp_path / "skipped")[-1]["bad_samples"] == 3
+    again = train(tmp_path / "again", "--skip_bad_samples", processes=2, **settings)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = ([line["loss"] for line in figures(tmp_path / name)] for name in ("again", "skipped"))
+    assert ours == pytest.approx(theirs, rel=0.02)  # the same pairs take its place
+
+
+def test_a_worker_that_dies_is_said(tmp_path):
+    output_dir = tmp_path / "run"
+    process = start(output_dir, **SETTINGS | {"max_train_steps": "1000", "validation_sets": None})
+    wait_for_step(process, output_dir, 2)
+    for worker in psutil.Process(process.pid).children():
+        worker.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "a process that prepares pairs died" in errors, errors
+    assert "--dataloader_num_workers" in errors and "Go on with:" in errors
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_pairs(tmp_path):
+    """A weight that is NaN, as a diverged run leaves it."""
+    begin = tmp_path / "start"
+    assert train(begin, max_train_steps="1").returncode == 0
+    model = RaftForOpticalFlow.from_pretrained(begin)
+    model.update_block.flow_head[2].bias.data.fill_(float("nan"))
+    model.save_pretrained(begin)
+    settings = dict.fromkeys(["model_size", "config_overrides"]) | {"per_device_train_batch_size": "2"}
+    settings |= {"logging_steps": "3", "checkpointing_steps": "2"}
+    result = train(tmp_path / "run", "--model_name_or_path", str(begin), **settings)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "the loss of step 1 is not finite" in result.stderr
+    assert result.stderr.count("synthetic/training/") == 4  # the four pairs of that step
+    samples = torch.load(tmp_path / "run" / "not_finite_step_1.pt")
+    assert samples["pixel_values"].shape == (4, 2, 3, 64, 72) and sorted(samples["number"].tolist()) == [0, 1, 2, 3]
+    assert not (tmp_path / "run" / "model.safetensors").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_changed_settings_are_refused_by_name(whole, tmp_path):
+    output_dir = tmp_path / "run"
+    assert train(output_dir, **SETTINGS | {"max_train_steps": "2", "validation_sets": None}).returncode == 0
+    changed = {"max_train_steps": "3", "seed": "5", "crop_size": "64 64", "synthetic_num_pairs": "8"}
+    resume = ["--resume_from_checkpoint", "latest"]
+    result = train(output_dir, *resume, **SETTINGS | changed)
+    assert result.returncode == 1 and "--allow_config_changes" in result.stderr
+    for difference in ("seed: 1234 -> 5", "crop_size: [64, 72] -> [64, 64]", "max_train_steps: 2 -> 3",
+                       "num_pairs: {synthetic: 7} -> {synthetic: 8}"):  # fmt: skip
+        assert difference in result.stderr
+    free = {"max_train_steps": "2", "per_device_train_batch_size": "1", "dataloader_num_workers": "0"}
+    assert train(output_dir, *resume, **SETTINGS | free | {"logging_steps": "2"}).returncode == 0
+    allowed = train(output_dir, *resume, "--allow_config_changes", **SETTINGS | changed)
+    assert allowed.returncode == 0, allowed.stderr
