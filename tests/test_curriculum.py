@@ -217,7 +217,7 @@ def test_a_signal_stops_stage_and_curriculum(tmp_path):
     code = process.wait(timeout=60)
     said = (tmp_path / "out").read_text()
     assert code != 0
-    assert f"stopped by SIGTERM in stage first; go on with:  python -m flow_training.curriculum" in said
+    assert "stopped by SIGTERM in stage first; go on with:  python -m flow_training.curriculum" in said
     (checkpoint,) = list_checkpoints(tmp_path / "outputs" / "first")
     assert int(checkpoint.name.rpartition("-")[2]) == read_log(log)[-1]["step"]
     assert not (tmp_path / "outputs" / "second").exists()

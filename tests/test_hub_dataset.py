@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hub_server import Hub
-from tiny_run import PROJECT, TINY_MODEL, free_port
+from tiny_run import CPU, PROJECT, TINY_MODEL, free_port
 
 from flow_data.features import to_sample
 from flow_data.flow_io import write_flow
@@ -43,7 +43,7 @@ def make_pairs(root: Path, suffix: str = ".flo", num_pairs: int = NUM_PAIRS) -> 
 
 def run(hub: Hub, cache: Path, *command: str | Path, timeout: int = 300) -> subprocess.CompletedProcess:
     """A process of its own that takes `hub` for the Hub."""
-    environment = hub.environment(cache) | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = hub.environment(cache) | CPU
     environment["PYTHONPATH"] = str(PROJECT)
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=cache, timeout=timeout

@@ -12,6 +12,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import TINY_RUN, figures, flags, train
 
 from flow_data.flow_io import write_flow
@@ -62,6 +63,32 @@ def test_log_has_the_promised_figures(finished_run):
     assert training[0]["learning_rate"] == pytest.approx(1e-3 / 25)
     validation = [line for line in lines if "validation/synthetic/epe" in line]
     assert [line["step"] for line in validation] == [2, 4]
+
+
+def test_tensorboard_has_figures_and_a_picture_strip(finished_run):
+    events = EventAccumulator(str(finished_run / "logs"), size_guidance={"images": 0})
+    events.Reload()
+    assert {"loss", "epe", "validation/synthetic/epe"} <= set(events.Tags()["scalars"])
+    pictures = events.Images("validation/synthetic")
+    assert [picture.step for picture in pictures] == [2, 4]
+    assert (pictures[0].height, pictures[0].width) == (72, 4 * 88 + 3 * 4)  # frame, truth, prediction, error
+
+
+@pytest.mark.parametrize(("processes", "per_device"), [(1, "1"), (2, "2")])
+def test_learning_rates_are_the_one_cycle_schedules(tmp_path, processes, per_device):
+    """Of each optimizer step, by the published formula, with accumulation and with two processes."""
+    steps, peak = 7, 1e-3
+    result = train(tmp_path / "run", processes=processes, per_device_train_batch_size=per_device, max_train_steps="7")
+    assert result.returncode == 0, result.stderr
+    total = steps + 100
+    warm_up, end = 0.05 * total - 1, total - 1
+    expected = []
+    for step in range(steps):
+        if step <= warm_up:
+            expected.append(peak / 25 + (peak - peak / 25) * step / warm_up)
+        else:
+            expected.append(peak + (peak / 25 / 1e4 - peak) * (step - warm_up) / (end - warm_up))
+    assert [line["learning_rate"] for line in figures(tmp_path / "run")] == pytest.approx(expected, rel=1e-12)
 
 
 def test_run_config_repeats_the_run(finished_run, tmp_path):

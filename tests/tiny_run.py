@@ -13,6 +13,7 @@ TINY_MODEL = (
     "{feature_dim: 16, hidden_dim: 16, context_dim: 16, encoder_widths: [8, 8, 12, 16], corr_radius: 2, "
     "motion_corr_widths: [16], motion_flow_widths: [16, 16], motion_dim: 18, flow_head_dim: 16}"
 )
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # in the environment of a run's processes
 TINY_RUN = {
     "train_mix": "{synthetic: 1}",
     "synthetic_image_size": "72 88",
@@ -52,7 +53,7 @@ def command(output_dir: Path, *switches: str, processes: int = 1, **settings: st
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return os.environ | CPU
 
 
 def train(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.CompletedProcess:
