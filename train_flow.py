@@ -18,7 +18,13 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,7 +44,7 @@ from flow_training.data import training_pairs, validation_sets
 from flow_training.evaluation import Protocol, check_precision, draw_sets, evaluate_sets
 from flow_training.metrics import error_sums, ratios
 from flow_training.optimization import make_optimizer, make_schedule
-from flow_training.run_dir import RunLock, check_same_run, choose_checkpoint
+from flow_training.run_dir import RunLock, check_same_run, choose_checkpoint, sees_token
 from flow_training.run_log import RunLog
 from flow_training.step_sums import STEP_SUMS, NotFiniteError, StepSums
 from flow_training.stopping import StopRequest
@@ -130,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator, config = make_accelerator(config)
         output_dir = Path(config.output_dir)
         lock = RunLock(output_dir) if accelerator.is_main_process else None
+        require_shared_folder(output_dir, lock, accelerator)
         checkpoint = choose_checkpoint(output_dir, config.resume_from_checkpoint)
         pairs, validation = training_pairs(config), validation_sets(config)
         settings = config.trajectory({source.name: len(source.dataset) for source in pairs.sources})
@@ -277,6 +284,18 @@ def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfi
     return accelerator, dataclasses.replace(
         config, mixed_precision=accelerator.mixed_precision, per_device_train_batch_size=per_device
     )
+
+
+def require_shared_folder(output_dir: Path, lock: RunLock | None, accelerator: Accelerator) -> None:
+    """Refuse machines with an output_dir each: their parts of a checkpoint would never come together again."""
+    if accelerator.num_processes == 1:
+        return
+    (token,) = broadcast_object_list([None if lock is None else lock.token])
+    if not all(gather_object([sees_token(output_dir, str(token))])):
+        raise ValueError(
+            f"output_dir: {output_dir} is not the same folder for all processes; put it on a file system that all "
+            "machines share"
+        )
 
 
 def make_model(config: TrainingConfig) -> RaftForOpticalFlow:

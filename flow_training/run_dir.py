@@ -1,6 +1,10 @@
 """The folder of a run: who may write into it, and what is resumed from it."""
 
+import contextlib
 import os
+import platform
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
+PATIENCE = 10.0  # seconds
 
 
 class RunLock:
@@ -37,19 +42,20 @@ class RunLock:
         self._made_folder = not output_dir.exists()
         output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / LOCK
+        self.token = f"process {os.getpid()} on {platform.node()}, {uuid.uuid4().hex}\n"
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         if fcntl is None:
             return
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(self._descriptor, 100).decode().strip()
+            holder = os.read(self._descriptor, 200).decode().partition(",")[0]
             os.close(self._descriptor)
             raise ValueError(
                 f"another run writes into {output_dir} ({holder}): wait for it, end it, or choose another output_dir"
             ) from None
         os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+        os.write(self._descriptor, self.token.encode())
 
     def close(self) -> None:
         """Let others in."""
@@ -60,7 +66,25 @@ class RunLock:
         self.close()
         if self._made_folder:
             self._path.unlink()
-            self._path.parent.rmdir()
+            with contextlib.suppress(OSError):  # something is in it after all
+                self._path.parent.rmdir()
+
+
+def sees_token(output_dir: Path, token: str) -> bool:
+    """Whether the folder here is that of the process which wrote `RunLock.token` into it.
+
+    A network's file system may take a while to show what another machine has written.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if (output_dir / LOCK).read_text() == token:
+                return True
+        except OSError:
+            pass  # not there yet
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:

@@ -158,3 +158,17 @@ def test_two_machines_do_what_one_process_does(one_process, tmp_path):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.equal(after[name]), name
+
+
+@pytest.mark.slow
+def test_machines_that_share_no_folder_are_refused(tmp_path):
+    """They would save checkpoints from which nobody can go on."""
+    processes = launch_machines([tmp_path / "one", tmp_path / "two"])
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode != 0 for process in processes)
+    assert any("put it on a file system that all machines share" in text for text in said)
+    assert not list(tmp_path.rglob("train_log.jsonl"))
