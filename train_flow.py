@@ -88,7 +88,7 @@ class Run:
             self.progress.sums += row  # one by one: the sum must not depend on when one looks
         if self.config.skip_bad_samples:
             for fault in gather_object(self.replaced):
-                if fault not in self.progress.bad_samples:
+                if fault not in self.progress.bad_samples and self.accelerator.is_main_process:
                     self.bar.write(f"step {self.progress.step}: took another pair for a bad one: {fault}")
                 self.progress.bad_samples[fault] = self.progress.bad_samples.get(fault, 0) + 1
             self.replaced.clear()

@@ -153,9 +153,15 @@ def _to_pixel_values(sample: FlowSample) -> torch.Tensor:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the samples of a batch; or nothing but `error` of those that have one."""
+    """Stack the samples of a batch; or nothing but `error` of those that have one.
+
+    `number` stays a list: as a tensor it would go to the device, and looking at it there would wait for all before it.
+    """
     errors = [sample["error"] for sample in samples if "error" in sample]
-    return {"error": errors} if errors else default_collate(samples)
+    if errors:
+        return {"error": errors}
+    tensors = [{name: value for name, value in sample.items() if name != "number"} for sample in samples]
+    return default_collate(tensors) | {"number": [sample["number"] for sample in samples]}
 
 
 def use_one_thread(worker_id: int) -> None:

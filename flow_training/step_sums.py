@@ -49,15 +49,15 @@ class StepSums:
         self._steps: list[_Step] = []
         self._open = _Step()
 
-    def add_pass(self, numbers: Tensor, loss: Tensor, errors: Tensor) -> None:
+    def add_pass(self, numbers: list[int], loss: Tensor, errors: Tensor) -> None:
         """Add a forward pass of the current step.
 
         Args:
-            numbers: `(B,)`, of the samples, on the CPU.
+            numbers: of the samples.
             loss: scalar, detached.
             errors: `(6,)`, added up `flow_training.metrics.error_sums`.
         """
-        self._open.numbers.append(numbers.tolist())
+        self._open.numbers.append(numbers)
         self._open.losses.append(loss)
         self._open.errors.append(errors)
 
