@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from test_modeling_raft import tiny_config
-from test_train_flow import free_port
+from tiny_run import free_port
 
 import evaluate_flow
 from flow_data.flow_io import write_flow
