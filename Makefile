@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)
 		--output outputs/quickstart/report.json --picture outputs/quickstart/flow.png
 
 test: $(INSTALLED)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks.bench_data --output outputs/benchmarks/data.json
