@@ -360,13 +360,14 @@ def yaml_to_flags(path: Path, type_hints: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         try:
-            flags += _to_flag(str(key), value, type_hints[key])
+            flags += to_flag(str(key), value, type_hints[key])
         except ValueError as error:
             raise ValueError(f"{path}: {key}: {error}") from error
     return flags
 
 
-def _to_flag(key: str, value: Any, type_hint: Any) -> list[str]:
+def to_flag(key: str, value: Any, type_hint: Any) -> list[str]:
+    """A setting of a YAML file as the words of its flag; ValueError where the value is of another type."""
     if type_hint is bool:
         if not isinstance(value, bool):
             raise ValueError(f"expected true or false; got {value!r}")

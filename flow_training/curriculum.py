@@ -27,7 +27,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flow_training.checkpoints import list_checkpoints
-from flow_training.config import FREE_ON_RESUME, TrainingConfig, _to_flag, nearest, parse_config
+from flow_training.config import FREE_ON_RESUME, TrainingConfig, nearest, parse_config, to_flag
 from flow_training.hub import RUN_CONFIG
 from flow_training.run_log import FILE_NAME as LOG_NAME
 from modeling_raft import RaftConfig, RaftForOpticalFlow
@@ -198,7 +198,7 @@ def _to_flags(settings: Any, fixed: set[str], where: str) -> list[str]:
         if key in fixed:
             raise ValueError(f"{where}: {key} cannot be given here: {SET_BY_CURRICULUM[key]}")
         try:
-            flags += [] if value is None else _to_flag(key, value, type_hints[key])
+            flags += [] if value is None else to_flag(key, value, type_hints[key])
         except ValueError as error:
             raise ValueError(f"{where}: {key}: {error}") from error
     return flags
