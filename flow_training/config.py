@@ -335,6 +335,12 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     return config
 
 
+def without_token(words: Sequence[str]) -> list[str]:
+    """A command line that can be shown: hub_token's value is hidden."""
+    hidden = ["TOKEN" if before == "--hub_token" else word for before, word in zip(["", *words], words, strict=False)]
+    return ["--hub_token=TOKEN" if word.startswith("--hub_token=") else word for word in hidden]
+
+
 def _is_flag(parser: argparse.ArgumentParser, text: str) -> bool:
     return text.partition("=")[0] in parser._option_string_actions
 
@@ -345,12 +351,7 @@ def yaml_to_flags(path: Path, type_hints: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: The file is no mapping of settings; the message names it, the key and the value.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold `key: value` lines")
     flags: list[str] = []
@@ -364,6 +365,16 @@ def yaml_to_flags(path: Path, type_hints: dict[str, Any]) -> list[str]:
         except ValueError as error:
             raise ValueError(f"{path}: {key}: {error}") from error
     return flags
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; errors name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
 
 
 def to_flag(key: str, value: Any, type_hint: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """One loop for every benchmark; how they differ is their protocol (princeton-vl/RAFT, evaluate.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,10 @@ class Protocol:
     num_flow_updates: int
     padding: str
     split: str
+
+
+class EvaluationStopped(Exception):
+    """Someone asked for an evaluation to be stopped before its end."""
 
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # mixed_precision -> what it computes in
@@ -68,6 +72,7 @@ def evaluate(
     accelerator: Accelerator,
     num_flow_updates: int | None = None,
     description: str = "evaluating",
+    stop_agreed: Callable[[], Any] = lambda: False,
 ) -> dict[str, Any]:
     """Evaluate a model on all pairs of a data set, each process a share of them.
 
@@ -78,16 +83,24 @@ def evaluate(
         accelerator: Says which share is this process's, and the precision.
         num_flow_updates: Instead of the protocol's.
         description: For the progress bar.
+        stop_agreed: Asked before each pair, by all processes equally often; a true answer, the same for all of them,
+            stops the evaluation.
 
     Returns:
         On every process the same: `num_pairs`, `protocol`, `metrics`, `zero_flow_epe` and `per_pair`; see the README.
 
     Raises:
         ValueError: A pair has no ground truth.
+        EvaluationStopped: `stop_agreed` said so.
     """
-    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    rounds = range(0, len(dataset), accelerator.num_processes)
     rows = []
-    for index in tqdm(share, desc=description, leave=False, disable=not accelerator.is_local_main_process):
+    for first in tqdm(rounds, desc=description, leave=False, disable=not accelerator.is_local_main_process):
+        if stop_agreed():
+            raise EvaluationStopped
+        index = first + accelerator.process_index
+        if index >= len(dataset):
+            continue  # the others have one more
         row = dataset[index]
         if row["flow"] is None:
             raise ValueError(f"{row['id']} has no ground truth: this split is for submissions, not for evaluation")
@@ -127,17 +140,27 @@ def evaluate(
 
 
 def evaluate_sets(
-    model: RaftForOpticalFlow, sets: Sequence[tuple[str, Any, Protocol]], accelerator: Accelerator
+    model: RaftForOpticalFlow,
+    sets: Sequence[tuple[str, Any, Protocol]],
+    accelerator: Accelerator,
+    stop_agreed: Callable[[], Any] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
-    """Validate during training: name -> report of each set. Leaves the model in the mode it found it in."""
+    """Validate during training: name -> report of each set. Leaves the model in the mode it found it in.
+
+    Raises:
+        EvaluationStopped: `stop_agreed` said so; see `evaluate`.
+    """
     was_training = model.training
     model.eval()
-    reports = {
-        name: evaluate(model, dataset, protocol, accelerator, description=f"validating on {name}")
-        for name, dataset, protocol in sets
-    }
-    model.train(was_training)
-    return reports
+    try:
+        return {
+            name: evaluate(
+                model, dataset, protocol, accelerator, description=f"validating on {name}", stop_agreed=stop_agreed
+            )
+            for name, dataset, protocol in sets
+        }
+    finally:
+        model.train(was_training)
 
 
 def draw_sets(

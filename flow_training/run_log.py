@@ -1,6 +1,7 @@
 """train_log.jsonl: one JSON object a line, each step once, also after a resume."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ class RunLog:
 
     Args:
         output_dir: The run's folder.
-        step: Steps done before this run goes on; lines of later ones are cut, and so is a line that was torn when
-            the run was killed.
+        step: Steps done before this run goes on; lines of later ones are cut, and so are lines that are damaged, as
+            the last one is where the run was killed.
     """
 
     def __init__(self, output_dir: Path, step: int):
         self.path = output_dir / FILE_NAME
         kept = [line for line in read_log(self.path) if line["step"] <= step] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        unfinished = self.path.with_name(f"unfinished-{FILE_NAME}")
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(unfinished, self.path)
 
     def write(self, figures: dict[str, Any]) -> None:
         """Add a line; it is in the file when this returns."""
@@ -28,11 +31,13 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a log."""
+    """All whole lines of a log; a kill may have torn the last, and a disk any other."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
-            break  # torn by a kill
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines

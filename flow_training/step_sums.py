@@ -9,6 +9,8 @@ from torch import Tensor
 
 from flow_training.metrics import ERROR_SUMS
 
+# Halved this often, the scale of 2**16 would let gradients of 2**40 pass: then they are not large but NaN.
+MAX_SKIPPED_IN_A_ROW = 40
 STEP_SUMS = ("steps", "loss", "grad_norm", "skipped_steps", *ERROR_SUMS)  # what adds up between two lines of the log
 
 
@@ -46,6 +48,7 @@ class StepSums:
 
     def __init__(self, loss_scaled: bool):
         self.loss_scaled = loss_scaled
+        self._skipped_in_a_row = 0
         self._steps: list[_Step] = []
         self._open = _Step()
 
@@ -78,7 +81,8 @@ class StepSums:
             `(S, len(STEP_SUMS))` float64 on the CPU, a row for each step.
 
         Raises:
-            NotFiniteError: a loss is not finite, or a gradient where nothing skips it; on all processes alike.
+            NotFiniteError: a loss is not finite, or a gradient where nothing skips it, or so many gradients in a row
+                that no scale of the loss can help; on all processes alike.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -88,7 +92,9 @@ class StepSums:
         norms = torch.stack([step.grad_norm for step in steps if step.grad_norm is not None]).tolist()
         rows = []
         for index, (step, loss, norm) in enumerate(zip(steps, losses, norms, strict=True)):
-            if not math.isfinite(loss) or not (self.loss_scaled or math.isfinite(norm)):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step.skipped else 0
+            overflow_is_normal = self.loss_scaled and self._skipped_in_a_row < MAX_SKIPPED_IN_A_ROW
+            if not math.isfinite(loss) or not (overflow_is_normal or math.isfinite(norm)):
                 what = "gradient" if math.isfinite(loss) else "loss"
                 raise NotFiniteError(last_step - len(steps) + 1 + index, what, _suspects(step, what))
             rows.append([1.0, loss, 0.0 if step.skipped else norm, float(step.skipped), *errors[index].tolist()])

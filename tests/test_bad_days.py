@@ -98,6 +98,24 @@ def test_a_signal_saves_the_step_and_tells_how_to_go_on(whole, tmp_path, number,
     assert_same_run(output_dir, whole)
 
 
+def test_a_signal_does_not_wait_for_a_validation_to_end(tmp_path):
+    """The last step is taken, its validation is not: that is done first after the resume."""
+    output_dir = tmp_path / "run"
+    settings = SETTINGS | {"max_train_steps": "1", "synthetic_validation_pairs": "60"}
+    process = start(output_dir, "--add_noise", **settings)
+    wait_for_step(process, output_dir, 1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "step 1 is saved" in errors, errors
+    assert [line["step"] for line in figures(output_dir)] == [1] and not (output_dir / "model.safetensors").exists()
+    result = train(output_dir, *AUTO, **settings)
+    assert result.returncode == 0, result.stderr
+    assert [("loss" in line, "validation/synthetic/epe" in line) for line in figures(output_dir)] == [
+        (True, False),
+        (False, True),
+    ]
+
+
 def test_a_signal_to_one_of_two_processes_stops_both(whole, tmp_path):
     output_dir = tmp_path / "run"
     settings = SETTINGS | {"per_device_train_batch_size": "2"}

@@ -47,3 +47,11 @@ def test_log_has_each_step_once_after_a_resume(tmp_path):
     assert [line["step"] for line in read_log(tmp_path / FILE_NAME)] == [2, 4, 6]
     first = json.loads((tmp_path / FILE_NAME).read_text().splitlines()[0])
     assert first == {"step": 2, "loss": 2 / 3}  # unrounded
+
+
+def test_a_damaged_line_costs_no_other(tmp_path):
+    path = tmp_path / FILE_NAME
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n\xff\x00{"st\n[3]\n{"step": 4, "loss": 4.0}\n{"loss": 5.0}\n')
+    RunLog(tmp_path, 9).write({"step": 5, "loss": 5.0})
+    assert [line["step"] for line in read_log(path)] == [1, 4, 5]
+    assert len(path.read_text().splitlines()) == 3

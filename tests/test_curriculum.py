@@ -21,8 +21,10 @@ from tiny_run import TINY_RUN, environment, figures, train
 from flow_training import curriculum as module
 from flow_training.checkpoints import list_checkpoints
 from flow_training.config import parse_config
-from flow_training.curriculum import PassedOnSignals, disk_needed, kept_checkpoints, main, read_curriculum
+from flow_training.curriculum import PassedOnSignals, main
 from flow_training.run_log import read_log
+from flow_training.stage_plan import disk_needed, kept_checkpoints
+from flow_training.stages import read_curriculum
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((PROJECT / "configs" / "curriculum").glob("*.yaml"))

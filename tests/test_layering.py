@@ -13,7 +13,10 @@ MAY_IMPORT = {
     "flow_training": {"flow_data", "flow_inference", "modeling_raft"},
     "flow_inference": {"flow_data", "modeling_raft"},
 }
-KNOW_ACCELERATE = {"train_flow.py", "evaluate_flow.py", "evaluation.py", "checkpoints.py"}
+KNOW_ACCELERATE = {
+    *("train_flow.py", "evaluate_flow.py", "evaluation.py", "checkpoints.py"),
+    *("processes.py", "batches.py", "run.py"),
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ from tiny_run import figures, flags, train
 from torch import Tensor
 
 import train_flow
+from flow_training import processes
 from modeling_raft import RaftConfig, RaftForOpticalFlow, modeling_raft
 from modeling_raft.convert_raft_checkpoint import load_raft
 from modeling_raft.modeling_raft import FLOAT16_MAX, cast_saturating, relu_saturating
@@ -277,7 +278,7 @@ class WatchedScaler(torch.amp.GradScaler):
 def run_in_float16(monkeypatch):
     """train_flow.py in this process, with what accelerate sets up for fp16 on a GPU put on the CPU."""
     make_accelerator = train_flow.make_accelerator
-    monkeypatch.setattr(train_flow, "check_precision", lambda accelerator: None)
+    monkeypatch.setattr(processes, "check_precision", lambda accelerator: None)
 
     def run(output_dir: Path, **settings: str) -> WatchedScaler:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,55 @@
+"""The model that a run trains."""
+
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from flow_training.config import TrainingConfig
+from modeling_raft import RaftConfig, RaftForOpticalFlow
+from modeling_raft.convert_raft_checkpoint import load_raft
+
+
+def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
+    """The model to train: given weights, or new ones; the run's settings win over those of the weights.
+
+    Raises:
+        ValueError: A setting does not fit the model; the message names it.
+        OSError: The weights are not there.
+    """
+    overrides = {
+        "loss_gamma": config.gamma,
+        "loss_max_flow": config.max_flow,
+        "freeze_batch_norm": config.freeze_batch_norm,
+        "num_flow_updates": config.num_flow_updates,
+    }
+    if config.model_name_or_path is not None:
+        model = load_raft(config.model_name_or_path, **overrides)
+    else:
+        model = make_new_model(config, **overrides)
+    smallest = model.config.min_image_size
+    if min(config.crop_size) < smallest:
+        raise ValueError(f"crop_size must be at least {smallest} with this model; got {config.crop_size}")
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def make_new_model(config: TrainingConfig, **overrides: Any) -> RaftForOpticalFlow:
+    """A model with random weights, of the size and with the config_overrides of a run.
+
+    Args:
+        config: The run's settings.
+        overrides: Fields of RaftConfig that win over config_overrides.
+
+    Raises:
+        ValueError: config_overrides does not fit; the message names the field.
+    """
+    known = RaftConfig().to_dict()
+    for name in config.config_overrides:
+        if name not in known:
+            raise ValueError(f"config_overrides: RaftConfig has no field {name}")
+    make_config = RaftConfig.small if config.model_size == "small" else RaftConfig
+    try:
+        return RaftForOpticalFlow(make_config(**{**config.config_overrides, **overrides}))
+    except StrictDataclassError as error:
+        raise ValueError(f"config_overrides: {error}") from error

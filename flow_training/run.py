@@ -1,0 +1,163 @@
+"""A run under way: what is done with it between its steps, and how it ends when it must."""
+
+import shlex
+import signal
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from flow_data.sampling import TrainingPairs
+from flow_training.batches import WORKER, DataError, describe_dead_worker, save_samples
+from flow_training.checkpoints import RunProgress, save_checkpoint
+from flow_training.config import TrainingConfig, without_token
+from flow_training.evaluation import EvaluationStopped, Protocol, draw_sets, evaluate_sets
+from flow_training.metrics import ratios
+from flow_training.processes import unwrap
+from flow_training.run_log import RunLog
+from flow_training.step_sums import NotFiniteError, StepSums
+from flow_training.stopping import StopRequest
+
+
+class Stopped(Exception):
+    """A signal has ended the run before its last step; a checkpoint is saved."""
+
+    def __init__(self, received: signal.Signals):
+        super().__init__(received.name)
+        self.signal = received
+
+
+@dataclass
+class Run:
+    """What a run consists of once it has begun."""
+
+    config: TrainingConfig
+    settings: dict[str, Any]  # that checkpoints are saved with
+    accelerator: Accelerator
+    model: Any
+    pairs: TrainingPairs
+    validation: list[tuple[str, Any, Protocol]]
+    progress: RunProgress
+    log: RunLog | None  # on the main process
+    bar: tqdm
+    step_sums: StepSums
+    stop: StopRequest
+    replaced: list[str] = field(default_factory=list)  # what was wrong with pairs in whose place others were taken
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the last validation
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def look(self) -> None:
+        """Take over the figures of the steps so far. Until here, nothing waits for the device."""
+        mean, total = (partial(self.accelerator.reduce, reduction=reduction) for reduction in ("mean", "sum"))
+        for row in self.step_sums.flush(self.progress.step, mean, total):
+            self.progress.sums += row  # one by one: the sum must not depend on when one looks
+        if self.config.skip_bad_samples:
+            for fault in gather_object(self.replaced):
+                if fault not in self.progress.bad_samples and self.accelerator.is_main_process:
+                    self.bar.write(f"step {self.progress.step}: took another pair for a bad one: {fault}")
+                self.progress.bad_samples[fault] = self.progress.bad_samples.get(fault, 0) + 1
+            self.replaced.clear()
+
+    def log_training(self, learning_rate: float, pairs_per_second: float) -> None:
+        """Write the means since the last line of the log; the learning rate is that of the last step."""
+        steps, loss, grad_norm, skipped, *errors = self.progress.sums.tolist()
+        metrics = ratios(torch.tensor(errors, dtype=torch.float64))
+        metrics.pop("fl_all")
+        bad = sum(self.progress.bad_samples.values())
+        figures = {
+            "loss": loss / steps,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm / max(steps - skipped, 1),
+            **metrics,
+            **({"skipped_steps": skipped} if skipped else {}),
+            **({"bad_samples": bad} if bad else {}),
+            "pairs_per_second": pairs_per_second,
+        }
+        self.write(figures)
+        self.bar.set_postfix_str(
+            f"loss {figures['loss']:.3f}, epe {figures['epe']:.3f} px, {pairs_per_second:.1f} pairs/s"
+        )
+        self.progress.sums.zero_()
+
+    def write(self, figures: dict[str, float]) -> None:
+        """Send figures of this step to the log and the trackers."""
+        self.accelerator.log(figures, step=self.progress.step)
+        if self.log is not None:
+            self.log.write({"step": self.progress.step, **figures})
+
+    def validate(self) -> None:
+        """Evaluate on every validation set, and show it.
+
+        Raises:
+            Stopped: A signal came; a checkpoint is saved from which the validation is done first.
+        """
+        model, step = unwrap(self.accelerator, self.model), self.progress.step
+        self.progress.validation_due = True
+        try:
+            self.reports = evaluate_sets(model, self.validation, self.accelerator, lambda: self.stop.agreed())
+        except EvaluationStopped:
+            self.save_and_stop()
+        self.write(
+            {
+                f"validation/{name}/{metric}": value
+                for name, report in self.reports.items()
+                for metric, value in report["metrics"].items()
+            }
+        )
+        self.progress.validation_due = False
+        if not self.accelerator.is_main_process:
+            return
+        for name, report in self.reports.items():
+            epe, zero = report["metrics"]["epe"], report["zero_flow_epe"]
+            self.bar.write(f"step {step}: {name} epe {epe:.3f} px (zero flow: {zero:.3f})")
+        if "tensorboard" in [tracker.name for tracker in self.accelerator.trackers]:
+            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            for name, picture in draw_sets(model, self.validation, self.accelerator).items():
+                writer.add_image(f"validation/{name}", picture, step, dataformats="HWC")
+
+    def save(self) -> None:
+        """Save a checkpoint of this step."""
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, self.progress.step, limit, self.settings)
+
+    def save_and_stop(self) -> None:
+        """Save a checkpoint of this step, and raise `Stopped`."""
+        received = self.stop.agreed()
+        assert received is not None
+        self.save()
+        raise Stopped(received)
+
+    def explain(self, error: Exception) -> str | None:
+        """What ended the run, in words, after saving what can be saved; None for what nobody foresaw."""
+        if isinstance(error, NotFiniteError):
+            suspects = gather_object(error.numbers)
+            if not self.accelerator.is_main_process:
+                return ""
+            path, ids = save_samples(self.pairs, suspects, self.output_dir, error.step)
+            return (
+                f"{error}; its pairs: {', '.join(ids)}, as they were trained on in {path}. Checkpoints are as they "
+                "were. Look at these pairs; if they are sound, lower the learning rate or train without fp16."
+            )
+        if isinstance(error, DataError):
+            if self.accelerator.num_processes > 1:  # the others would have to take part
+                return str(error)
+            self.look()
+            self.save()
+            return f"{error} Step {self.progress.step} is saved."
+        if isinstance(error, OSError):
+            return str(error)
+        return describe_dead_worker(error) if WORKER in str(error) else None
+
+
+def how_to_go_on(argv: list[str]) -> str:
+    """The command that resumes a run, without secrets."""
+    words = ["accelerate", "launch", "train_flow.py", *without_token(argv), "--resume_from_checkpoint", "auto"]
+    return f"Go on with:  {shlex.join(words)}"
