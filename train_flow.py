@@ -3,31 +3,39 @@
 accelerate launch train_flow.py --config configs/NAME.yaml [--flag value ...]
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from flow_training import hub
-from flow_training.batches import make_batches, watch
-from flow_training.checkpoints import RunProgress, load_checkpoint, load_settings, set_aside_later_checkpoints
+from flow_training.batches import DataError, batches_of_steps, make_batches
+from flow_training.checkpoints import (
+    RunProgress,
+    load_checkpoint,
+    load_settings,
+    remove_unfinished,
+    set_aside_later_checkpoints,
+)
 from flow_training.config import TrainingConfig, parse_config
 from flow_training.data import training_pairs, validation_sets
 from flow_training.evaluation import evaluate_sets
 from flow_training.metrics import error_sums
-from flow_training.model import make_model
-from flow_training.optimization import make_optimizer, make_schedule
+from flow_training.model import batch_norm_batch, make_model, model_size
+from flow_training.optimization import change_course, make_optimizer, make_schedule
 from flow_training.processes import describe_devices, make_accelerator, require_shared_folder, unwrap
 from flow_training.run import Run, Stopped, how_to_go_on
 from flow_training.run_dir import RunLock, check_same_run, choose_checkpoint
 from flow_training.run_log import RunLog
 from flow_training.step_sums import STEP_SUMS, StepSums
-from flow_training.stopping import StopRequest
+from flow_training.stopping import StopRequest, outlive_no_launcher
 from flow_training.summary import describe_run
 from modeling_raft import RaftOutput
 
@@ -46,11 +54,13 @@ def main(argv: list[str] | None = None) -> None:
         require_shared_folder(output_dir, lock, accelerator)
         checkpoint = choose_checkpoint(output_dir, config.resume_from_checkpoint)
         pairs, validation = training_pairs(config), validation_sets(config)
-        settings = config.trajectory({source.name: len(source.dataset) for source in pairs.sources})
-        if checkpoint is not None and not config.allow_config_changes:
-            check_same_run(checkpoint, load_settings(checkpoint), settings)
         set_seed(config.seed)
         model = make_model(config)
+        config = dataclasses.replace(config, model_size=model_size(model))
+        num_pairs = {source.name: len(source.dataset) for source in pairs.sources}
+        settings = config.trajectory(num_pairs, batch_norm_batch(model, config.per_device_train_batch_size))
+        if checkpoint is not None and not config.allow_config_changes:
+            check_same_run(checkpoint, load_settings(checkpoint), settings)
         if config.push_to_hub and accelerator.is_main_process:
             model_id = config.hub_model_id or output_dir.resolve().name
             repo_id = hub.create_repository(model_id, config.hub_token, config.hub_private_repo)
@@ -60,18 +70,26 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"train_flow.py: error: {error}")
 
     accelerator.wait_for_everyone()  # all have looked before anyone writes
-    accelerator.init_trackers("logs")
     optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay)
     schedule = make_schedule(optimizer, config.learning_rate, config.max_train_steps)
     progress = RunProgress(len(STEP_SUMS))
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule, progress)
     if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint)
+        try:
+            load_checkpoint(accelerator, checkpoint)
+            if progress.step > config.max_train_steps:
+                raise ValueError(f"max_train_steps: {checkpoint} is beyond step {config.max_train_steps}")
+        except ValueError as error:
+            sys.exit(f"train_flow.py: error: {error}")
+        if config.allow_config_changes:
+            change_course(optimizer, schedule, config.learning_rate, config.weight_decay, config.max_train_steps)
     accelerator.wait_for_everyone()
+    start_trackers(accelerator, config)
     log = None
     if accelerator.is_main_process:
-        log = RunLog(output_dir, progress.step)
+        log = RunLog(output_dir, progress.step, progress.validation_due)
+        remove_unfinished(output_dir)
         set_aside_later_checkpoints(output_dir, progress.step)
         counts = {name: len(dataset) for name, dataset, _ in validation}
         passes, devices = accelerator.gradient_accumulation_steps, describe_devices(accelerator)
@@ -85,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     try:
         with stop:
+            outlive_no_launcher()
             train(run, optimizer, schedule)
         if accelerator.is_main_process:
             seconds = time.perf_counter() - started
@@ -102,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
         message = run.explain(error)
         if message is None:
             raise
-        sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv)}" if accelerator.is_main_process else 1)
+        heard = accelerator.is_main_process or isinstance(error, (DataError, OSError))  # which one process may have
+        sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv)}" if heard else 1)
     accelerator.end_training()
     if repo_id is not None:
         push(output_dir, repo_id, config)
@@ -120,21 +140,21 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
     config, accelerator, model, progress = run.config, run.accelerator, run.model, run.progress
     model.train()
     logged, logged_step = time.perf_counter(), progress.step
-    if progress.validation_due:
+    if progress.validation_due and run.validation:
         run.validate()
-    for batch in watch(make_batches(config, run.pairs, progress.step, accelerator)):
-        numbers, _ = batch.pop("number"), batch.pop("id")
-        run.replaced += filter(None, batch.pop("replaced"))
-        with accelerator.accumulate(model):
-            output = model(**batch, num_flow_updates=config.num_flow_updates)
-            accelerator.backward(output.loss)
-            run.step_sums.add_pass(numbers, output.loss.detach(), training_errors(output, batch, config.max_flow))
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
+    batches = make_batches(config, run.pairs, progress.step, accelerator)
+    for batches_of_step in batches_of_steps(batches, accelerator.gradient_accumulation_steps):
+        for batch in batches_of_step:
+            numbers, _ = batch.pop("number"), batch.pop("id")
+            run.replaced += filter(None, batch.pop("replaced"))
+            with accelerator.accumulate(model):
+                output = model(**batch, num_flow_updates=config.num_flow_updates)
+                accelerator.backward(output.loss)
+                run.step_sums.add_pass(numbers, output.loss.detach(), training_errors(output, batch, config.max_flow))
+                if accelerator.sync_gradients:  # in the last pass
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
 
         learning_rate = schedule.get_last_lr()[0]
         skipped = accelerator.optimizer_step_was_skipped  # fp16 overflow
@@ -156,15 +176,14 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
                 learning_rate, (step - logged_step) * config.total_batch_size / (time.perf_counter() - logged)
             )
             logged, logged_step = time.perf_counter(), step
-        if stopping and not last:
-            progress.validation_due = validating
-            run.save_and_stop()
         paused = time.perf_counter()
+        progress.validation_due = validating
+        if stopping and not last:
+            run.save_and_stop()
+        if saving:  # first, so that whatever happens to the validation costs no training
+            run.save()
         if validating:
             run.validate()
-        # Last, so that all lines of the log up to a checkpoint's step are written when it is.
-        if saving:
-            run.save()
         logged += time.perf_counter() - paused  # neither is training time
     run.bar.close()
     if run.validation and not run.reports:  # a finished run was resumed: its card still needs the figures
@@ -175,6 +194,16 @@ def training_errors(output: RaftOutput, batch: dict[str, Tensor], max_flow: floa
     """Error sums of the last prediction, over the pixels that the loss counts."""
     counted = batch["valid"] & (torch.linalg.vector_norm(batch["labels"], dim=1) < max_flow)
     return error_sums(output.flow.detach(), batch["labels"], counted).sum(0)
+
+
+def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Open what figures are sent to, and give it the settings of the run."""
+    names = [str(name) for name in accelerator.log_with]
+    # The name is a folder to TensorBoard, and a project to services.
+    accelerator.init_trackers("logs" if "tensorboard" in names else "raft")
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":  # it takes numbers only, and makes a run of its own of them
+            tracker.store_init_configuration(config.to_dict())
 
 
 def push(output_dir: Path, repo_id: str, config: TrainingConfig) -> None:

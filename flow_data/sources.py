@@ -155,7 +155,7 @@ for _pass in layouts.PASSES:
 def check_source(name: str) -> None:
     """Raise ValueError, with the nearest right name, where there is no such source."""
     if name not in SOURCES:
-        nearest = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(str(name), SOURCES, n=1, cutoff=0)[0]
         raise ValueError(f"unknown source {name!r}: did you mean {nearest!r}? There are {', '.join(sorted(SOURCES))}")
 
 

@@ -35,8 +35,13 @@ def make_batches(config: TrainingConfig, pairs: TrainingPairs, step: int, accele
     return accelerator.prepare(loader)
 
 
-def watch(batches: Any) -> Iterator[dict[str, Any]]:
-    """Batches; what is wrong with a sample, or kills a worker, is raised as a `DataError`."""
+def batches_of_steps(batches: Any, passes: int) -> Iterator[list[dict[str, Any]]]:
+    """The batches of each optimizer step, one for each pass.
+
+    What is wrong with a sample, or kills a worker, is raised as a `DataError`: always between two steps, before the
+    first pass of one has changed anything.
+    """
+    step: list[dict[str, Any]] = []
     try:
         for batch in batches:
             # Workers run by now, and torch has set a handler that raises their death wherever the run happens to be,
@@ -47,7 +52,10 @@ def watch(batches: Any) -> Iterator[dict[str, Any]]:
                     f"{'; '.join(batch['error'])}. Mend or remove the file, or let other pairs take the place of bad "
                     "ones: --skip_bad_samples"
                 )
-            yield batch
+            step.append(batch)
+            if len(step) == passes:
+                yield step
+                step = []
     except (RuntimeError, ConnectionError, EOFError) as error:  # a worker may die handing over
         if isinstance(error, DataError) or (isinstance(error, RuntimeError) and WORKER not in str(error)):
             raise

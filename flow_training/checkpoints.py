@@ -9,9 +9,13 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from flow_training.config import read_yaml
 
 NAME = re.compile(r"checkpoint-(\d+)")
 SETTINGS = "settings.yaml"
+UNFINISHED, REMOVED = "unfinished-", "removed-"
 
 
 class RunProgress:
@@ -44,9 +48,11 @@ class RunProgress:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """Finished checkpoints of a run, oldest first; folders of the name that hold none are passed over."""
     numbered = [
-        (int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))
+        (int(match[1]), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := NAME.fullmatch(path.name)) and (path / SETTINGS).is_file()
     ]
     return [path for _, path in sorted(numbered)]
 
@@ -84,7 +90,8 @@ def save_checkpoint(
 ) -> None:
     """Save the state of all processes as `checkpoint-{step}`; then remove the oldest beyond `total_limit`.
 
-    It is written under another name, flushed to disk and renamed, so that a killed run leaves no half checkpoint.
+    It is written under another name, flushed to disk and renamed, so that a killed run leaves no half checkpoint. One
+    that is there already stays: the state of a step is the same whenever it is reached.
 
     Args:
         accelerator: Whose registered objects are saved.
@@ -97,7 +104,9 @@ def save_checkpoint(
         OSError: It cannot be written, for example to a full disk; what was written of it is removed, and older
             checkpoints are as they were.
     """
-    unfinished, finished = output_dir / f"unfinished-checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    unfinished, finished = output_dir / f"{UNFINISHED}checkpoint-{step}", output_dir / f"checkpoint-{step}"
+    if broadcast_object_list([finished in list_checkpoints(output_dir)])[0]:
+        return
     if accelerator.is_main_process and unfinished.exists():
         shutil.rmtree(unfinished)
     accelerator.wait_for_everyone()
@@ -109,18 +118,18 @@ def save_checkpoint(
         if accelerator.is_main_process:
             for path in [*unfinished.rglob("*"), unfinished]:
                 _flush(path)
-            if finished.exists():
-                shutil.rmtree(finished)
+            _remove(finished)
             os.replace(unfinished, finished)
             _flush(output_dir)
     except Exception as error:  # of the file system, torch and safetensors, each in its own type
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = list_checkpoints(output_dir)
         last = f"the last good one is {kept[-1]}" if kept else "there is none before it"
-        raise OSError(f"cannot write {finished}: {error}; {last}") from error
+        free = f"{shutil.disk_usage(output_dir).free / 1e6:,.1f} MB are free there"
+        raise OSError(f"cannot write {finished}: {error}; {free}; {last}") from error
     if accelerator.is_main_process and total_limit is not None:
         for old in list_checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
 
 
@@ -135,12 +144,33 @@ def load_settings(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} holds no {SETTINGS}: it is no checkpoint of this trainer"
         )
-    return yaml.safe_load(path.read_text())
+    settings = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"resume_from_checkpoint: {checkpoint} is damaged: {SETTINGS} holds no settings")
+    return settings
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
-    """Put every registered object of all processes back into the state saved in `path`."""
-    accelerator.load_state(str(path))
+    """Put every registered object of all processes back into the state saved in `path`.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        accelerator.load_state(str(path))
+    except Exception as error:  # of torch, pickle and safetensors, each in its own type
+        raise ValueError(
+            f"resume_from_checkpoint: {path} cannot be loaded: {error}. If it is damaged, remove it to go on from an "
+            "older one"
+        ) from error
+    # accelerate counts passes over the whole run; with other passes a step it would be between two of them here.
+    accelerator.step = 0
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what earlier runs were killed over: half-written and half-removed checkpoints."""
+    for path in [*output_dir.glob(f"{UNFINISHED}checkpoint-*"), *output_dir.glob(f"{REMOVED}checkpoint-*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
@@ -151,9 +181,17 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
     for path in list_checkpoints(output_dir):
         if int(path.name.rpartition("-")[2]) > step:
             target = path.with_name(f"abandoned-{path.name}")
-            if target.exists():
-                shutil.rmtree(target)
+            _remove(target)
             os.replace(path, target)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, if it is there, so that a kill leaves nothing under its name that is not whole."""
+    if path.exists():
+        removed = path.with_name(f"{REMOVED}{path.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        os.replace(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

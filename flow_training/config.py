@@ -14,15 +14,25 @@ import numpy as np
 import yaml
 from transformers import HfArgumentParser
 
+from flow_data.augmentation_recipe import MAX_ZOOM
 from flow_data.sources import check_source, check_split
 from flow_data.synthetic import SyntheticOptions
 
 logger = logging.getLogger(__name__)
 
 
-# Settings that change nothing but where things lie, what is watched, and the rounding of sums.
+PATHS = ("output_dir", "data_root", "pairs_path", "synthetic_textures")
+SET_BY_FLAGS = {  # fields of RaftConfig that a run sets from flags of its own
+    "loss_gamma": "gamma",
+    "loss_max_flow": "max_flow",
+    "freeze_batch_norm": "freeze_batch_norm",
+    "num_flow_updates": "num_flow_updates",
+}
+MAX_COUNT = 10**9  # of anything that is counted: more is a slip of the keyboard
+# Settings that change nothing but where things lie, what is watched, and the rounding of sums; what replaces bad pairs
+# changes nothing before the first of them, where the run would have stopped.
 FREE_ON_RESUME = frozenset(
-    "output_dir data_root pairs_path streaming dataloader_num_workers per_device_train_batch_size "
+    "output_dir data_root pairs_path streaming skip_bad_samples dataloader_num_workers per_device_train_batch_size "
     "gradient_checkpointing logging_steps report_to validation_sets validation_steps synthetic_validation_pairs "
     "checkpointing_steps checkpoints_total_limit push_to_hub hub_model_id hub_private_repo".split()
 )
@@ -103,7 +113,7 @@ class TrainingConfig:
 
     # model
     model_name_or_path: str | None = option(None, "Weights to start from: a folder, a repository id, or a .pth file.")
-    model_size: Literal["large", "small"] = option("large", "Model to start from scratch.")
+    model_size: Literal["large", "small"] | None = option(None, "Model to start from scratch; default: large.")
     config_overrides: YamlMapping = option(YamlMapping(), "Fields of RaftConfig, for a model from scratch.")
     freeze_batch_norm: bool = option(False, "Keep BatchNorm's running statistics fixed.")
     gradient_checkpointing: bool = option(False, "Recompute updates in the backward pass to save memory.")
@@ -144,6 +154,12 @@ class TrainingConfig:
     hub_private_repo: bool = option(False, "Make the repository private if it is new.")
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == "" or isinstance(value, list) and "" in value:
+                raise ValueError(f"{field.name} is empty; leave it out for its default")
+            if value is not None and field.name in PATHS:
+                setattr(self, field.name, str(Path(value).expanduser()))
         if self.dataset_name is not None and self.train_mix:
             logger.warning("training on %s; the train_mix %s is not used", self.dataset_name, dict(self.train_mix))
             self.train_mix = YamlMapping()
@@ -167,6 +183,12 @@ class TrainingConfig:
             check_source(source)
             if split is not None:
                 check_split(source, split)
+            if self.validation_sets.count(entry) > 1:
+                raise ValueError(f"validation_sets names {entry} twice")
+        for name in SET_BY_FLAGS.keys() & self.config_overrides.keys():
+            raise ValueError(f"config_overrides: {name} is set by the run's {SET_BY_FLAGS[name]}; give that instead")
+        if self.model_name_or_path is not None and self.config_overrides:
+            raise ValueError("config_overrides shape a model from scratch, but model_name_or_path gives weights")
         self._check_ranges()
         self._check_numbers()
 
@@ -185,7 +207,7 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be a height and a width, multiples of 8; got {size}")
         for name, lowest in (("synthetic_displacement", 0), ("synthetic_shapes", 0)):
             bounds = getattr(self, name)
-            if len(bounds) != 2 or not lowest <= bounds[0] <= bounds[1]:
+            if len(bounds) != 2 or not lowest <= bounds[0] <= bounds[1] < math.inf:
                 raise ValueError(f"{name} must be a range, lowest first, of at least {lowest}; got {bounds}")
 
     def _check_numbers(self) -> None:
@@ -208,11 +230,12 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}; got {value}")
+            highest = 2**32 - 1 if name == "seed" else MAX_COUNT
+            if value is not None and value > highest:
+                raise ValueError(f"{name} must be at most {highest}; got {value}")
         for name in ("learning_rate", "max_grad_norm", "gamma", "max_flow"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.model_name_or_path is not None and self.config_overrides:
-            raise ValueError("config_overrides shape a model from scratch, but model_name_or_path gives weights")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
 
     def zoom_ranges(self) -> dict[str, tuple[float, float]]:
         """`zoom_range` as a mapping, whichever way it was written."""
@@ -223,8 +246,11 @@ class TrainingConfig:
                 low, high = (float(bound) for bound in bounds)  # also of text: YAML 1.1 reads 1e-3 as such
             except (TypeError, ValueError):
                 low, high = math.inf, -math.inf
-            if not low <= high:
-                raise ValueError(f"zoom_range must be [lo, hi] in log2 with lo <= hi, for {source} too; got {bounds}")
+            if not -MAX_ZOOM <= low <= high <= MAX_ZOOM:
+                raise ValueError(
+                    f"zoom_range must be [lo, hi] in log2 with -{MAX_ZOOM} <= lo <= hi <= {MAX_ZOOM}, for {source} "
+                    f"too; got {bounds}"
+                )
             ranges[source] = (low, high)
         return ranges
 
@@ -253,19 +279,22 @@ class TrainingConfig:
             values.pop(name)
         return values
 
-    def trajectory(self, num_pairs: dict[str, int]) -> dict[str, Any]:
+    def trajectory(self, num_pairs: dict[str, int], batch_norm_batch: int | None) -> dict[str, Any]:
         """What makes the run's figures what they are, and so must not change when it is gone on with.
 
         Args:
             num_pairs: Source -> how many pairs it has.
+            batch_norm_batch: Over how many pairs BatchNorm takes its statistics; None where they are fixed.
         """
         values = {name: value for name, value in self.to_dict().items() if name not in FREE_ON_RESUME}
-        return values | {"num_pairs": num_pairs}
+        return values | {"num_pairs": num_pairs, "batch_norm_batch": batch_norm_batch}
 
 
 def split_validation_set(entry: str) -> tuple[str, str | None]:
     """`SOURCE:SPLIT` or `SOURCE` to both names; the split is None where it is not given."""
-    source, _, split = entry.partition(":")
+    source, colon, split = entry.partition(":")
+    if colon and not split:
+        raise ValueError(f"validation_sets: {entry} names no split after its colon")
     return source, split or None
 
 
@@ -301,12 +330,12 @@ class FlagParser(HfArgumentParser):
                 self.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=False)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """A hint at the right name, to append to an error."""
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
@@ -316,13 +345,14 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     parser = FlagParser(TrainingConfig, prog="train_flow.py")
     # The file's settings become flags that stand before the real ones: one typed path, and the last one wins.
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.error = parser.error  # type: ignore[method-assign]
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(arguments)[0].config
     try:
         if path is not None:
             arguments = yaml_to_flags(Path(path), parser.type_hints) + arguments
         # argparse stops at the first missing or malformed flag; a misspelt one explains more, so it goes first.
-        unknown = [flag for flag in arguments if flag.startswith("--") and not _is_flag(parser, flag)]
+        unknown = [flag for flag in without_token(arguments) if flag.startswith("--") and not _is_flag(parser, flag)]
         if unknown:
             raise ValueError(f"unknown flag {unknown[0]}{nearest(unknown[0], list(parser._option_string_actions))}")
         config, _, rest = parser.parse_args_into_dataclasses(
@@ -367,12 +397,23 @@ def yaml_to_flags(path: Path, type_hints: dict[str, Any]) -> list[str]:
     return flags
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML whose mappings name each key once; by itself the last one wins, and nobody hears of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds; errors name the file."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
 
@@ -392,7 +433,9 @@ def to_flag(key: str, value: Any, type_hint: Any) -> list[str]:
     if isinstance(value, list):
         if getattr(type_hint, "__origin__", None) is not list:
             raise ValueError(f"expected one value; got {value}")
-        return [f"--{key}", *map(_to_text, value)] if value else []
+        if not value and key != "validation_sets":  # the one list that may be empty
+            raise ValueError("the list is empty; leave the key out for its default")
+        return [f"--{key}", *map(_to_text, value)]
     return [f"--{key}", _to_text(value)]
 
 

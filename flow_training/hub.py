@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from flow_data.licences import PROVENANCE
+from flow_training.model import model_size
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
 CARD_TEMPLATE = "model_card.md"
@@ -68,7 +69,9 @@ def write_run(
         (unfinished / RUN_CONFIG).write_text(yaml.safe_dump(run_config, sort_keys=False))
         card.save(unfinished / "README.md")
         # The weights come last: where they are, the run is done and everything else is there too.
+        mode = (unfinished / RUN_CONFIG).stat().st_mode  # safetensors keeps others out, against the umask
         for path in sorted(unfinished.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            path.chmod(mode)
             os.replace(path, output_dir / path.name)
     except Exception as error:  # of the file system or safetensors, each in its own type
         raise OSError(f"cannot write the final weights to {output_dir}: {error}") from error
@@ -111,7 +114,7 @@ def fill_card(
         template_path=str(find_card_template()),
         name=name,
         source=run_config["hub_model_id"] or run_config["output_dir"],
-        size="small" if model.config.encoder_block == "bottleneck" else "large",
+        size=model_size(model),
         num_parameters=f"{model.num_parameters():,}",
         num_flow_updates=run_config["num_flow_updates"],
         min_size=model.config.min_image_size,

@@ -3,8 +3,9 @@
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn import BatchNorm2d
 
-from flow_training.config import TrainingConfig
+from flow_training.config import SET_BY_FLAGS, TrainingConfig
 from modeling_raft import RaftConfig, RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -16,14 +17,14 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
         ValueError: A setting does not fit the model; the message names it.
         OSError: The weights are not there.
     """
-    overrides = {
-        "loss_gamma": config.gamma,
-        "loss_max_flow": config.max_flow,
-        "freeze_batch_norm": config.freeze_batch_norm,
-        "num_flow_updates": config.num_flow_updates,
-    }
+    overrides = {field: getattr(config, flag) for field, flag in SET_BY_FLAGS.items()}
     if config.model_name_or_path is not None:
         model = load_raft(config.model_name_or_path, **overrides)
+        if config.model_size not in (None, model_size(model)):
+            raise ValueError(
+                f"model_size: {config.model_size}, but the weights of {config.model_name_or_path} are those of a "
+                f"{model_size(model)} model"
+            )
     else:
         model = make_new_model(config, **overrides)
     smallest = model.config.min_image_size
@@ -32,6 +33,17 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def model_size(model: RaftForOpticalFlow) -> str:
+    """`large` or `small`, which differ in the blocks of their encoders."""
+    return "small" if model.config.encoder_block == "bottleneck" else "large"
+
+
+def batch_norm_batch(model: RaftForOpticalFlow, per_device_train_batch_size: int) -> int | None:
+    """Over how many pairs BatchNorm takes its statistics; None where there is none that trains."""
+    trains = any(isinstance(module, BatchNorm2d) and module.training for module in model.train().modules())
+    return per_device_train_batch_size if trains else None
 
 
 def make_new_model(config: TrainingConfig, **overrides: Any) -> RaftForOpticalFlow:

@@ -37,14 +37,9 @@ def load_logs(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     for name, file in zip(run_names(files), files, strict=True):
         if not file.is_file():
             raise ValueError(f"no such log: {file}; a run is its output_dir or its {FILE_NAME}")
-        try:
-            lines = read_log(file)
-        except ValueError as error:  # no text
-            raise ValueError(f"{file} is no training log: {error}") from error
+        lines = read_log(file)
         if not lines:
-            raise ValueError(f"{file} holds no whole line: nothing to draw yet")
-        if not all(isinstance(line, dict) and "step" in line for line in lines):
-            raise ValueError(f"{file} is no training log: each line should be an object with a step")
+            raise ValueError(f"{file} holds no whole line with a step: nothing to draw yet, or no training log")
         logs[name] = lines
     return logs
 
@@ -99,7 +94,7 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
 def _draw(axes: Axes, key: str, logs: dict[str, list[dict[str, Any]]]) -> None:
     drawn: list[float] = []
     for number, (name, lines) in enumerate(logs.items()):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
         # One colour a run, also in panels where others have no figures.
         marker = "." if len(points) < MANY_POINTS else ""
         axes.plot(*_transposed(points), label=name, color=f"C{number}", marker=marker, linewidth=1)

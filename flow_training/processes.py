@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 
 from flow_training.config import TrainingConfig, accumulation_steps, nearest
 from flow_training.evaluation import check_precision
@@ -33,6 +39,8 @@ def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfi
         log_with=None if config.report_to == ["none"] else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # Passes of a step are counted; where batches end says nothing, as those of a step are taken together.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
     )
     check_precision(accelerator)
@@ -51,6 +59,8 @@ def require_shared_folder(output_dir: Path, lock: RunLock | None, accelerator: A
     """Refuse machines with an output_dir each: their parts of a checkpoint would never come together again."""
     if accelerator.num_processes == 1:
         return
+    if lock is not None:
+        lock.show_token()
     (token,) = broadcast_object_list([None if lock is None else lock.token])
     if not all(gather_object([sees_token(output_dir, str(token))])):
         raise ValueError(

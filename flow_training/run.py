@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed import DistError
 from tqdm.auto import tqdm
 
 from flow_data.sampling import TrainingPairs
@@ -102,9 +103,11 @@ class Run:
         model, step = unwrap(self.accelerator, self.model), self.progress.step
         self.progress.validation_due = True
         try:
-            self.reports = evaluate_sets(model, self.validation, self.accelerator, lambda: self.stop.agreed())
+            self.reports = evaluate_sets(model, self.validation, self.accelerator, self.stop.agreed)
         except EvaluationStopped:
             self.save_and_stop()
+        except (ValueError, OSError) as error:
+            raise DataError(f"validation: {error}. Mend the file, or leave the set out of validation_sets") from error
         self.write(
             {
                 f"validation/{name}/{metric}": value
@@ -147,11 +150,13 @@ class Run:
                 "were. Look at these pairs; if they are sound, lower the learning rate or train without fp16."
             )
         if isinstance(error, DataError):
-            if self.accelerator.num_processes > 1:  # the others would have to take part
+            if self.accelerator.num_processes > 1 or self.progress.step == 0:  # the others would have to take part
                 return str(error)
             self.look()
             self.save()
             return f"{error} Step {self.progress.step} is saved."
+        if isinstance(error, DistError) or "gloo" in str(error):
+            return "another process of this run has ended; what it said is the reason."
         if isinstance(error, OSError):
             return str(error)
         return describe_dead_worker(error) if WORKER in str(error) else None
@@ -159,5 +164,10 @@ class Run:
 
 def how_to_go_on(argv: list[str]) -> str:
     """The command that resumes a run, without secrets."""
-    words = ["accelerate", "launch", "train_flow.py", *without_token(argv), "--resume_from_checkpoint", "auto"]
-    return f"Go on with:  {shlex.join(words)}"
+    resume = "--resume_from_checkpoint"
+    given = [
+        word
+        for before, word in zip(["", *argv], without_token(argv), strict=False)
+        if before != resume and not word.startswith(resume)
+    ]
+    return f"Go on with:  {shlex.join(['accelerate', 'launch', 'train_flow.py', *given, resume, 'auto'])}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flow_training.checkpoints import find_checkpoint, list_checkpoints
 from flow_training.run_log import FILE_NAME
@@ -18,7 +19,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"
+LOCK, TOKEN = ".lock", ".lock-token"
 PATIENCE = 10.0  # seconds
 
 
@@ -42,23 +43,31 @@ class RunLock:
         self._made_folder = not output_dir.exists()
         output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / LOCK
-        self.token = f"process {os.getpid()} on {platform.node()}, {uuid.uuid4().hex}\n"
+        self.token = uuid.uuid4().hex
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         if fcntl is None:
             return
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(self._descriptor, 200).decode().partition(",")[0]
+            holder = os.read(self._descriptor, 200).decode()
             os.close(self._descriptor)
             raise ValueError(
                 f"another run writes into {output_dir} ({holder}): wait for it, end it, or choose another output_dir"
             ) from None
         os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, self.token.encode())
+        os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+
+    def show_token(self) -> None:
+        """Write `token` for the other processes of the run: into a file of its own.
+
+        Whoever reads the lock's file and closes it again gives up all locks that his process has on it.
+        """
+        (self._path.parent / TOKEN).write_text(self.token)
 
     def close(self) -> None:
         """Let others in."""
+        (self._path.parent / TOKEN).unlink(missing_ok=True)
         os.close(self._descriptor)
 
     def leave_no_trace(self) -> None:
@@ -71,14 +80,14 @@ class RunLock:
 
 
 def sees_token(output_dir: Path, token: str) -> bool:
-    """Whether the folder here is that of the process which wrote `RunLock.token` into it.
+    """Whether the folder here is that of the process which called `RunLock.show_token`.
 
     A network's file system may take a while to show what another machine has written.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            if (output_dir / LOCK).read_text() == token:
+            if (output_dir / TOKEN).read_text() == token:
                 return True
         except OSError:
             pass  # not there yet
@@ -96,7 +105,7 @@ def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
             where there is none; or None.
 
     Raises:
-        ValueError: output_dir holds a run that is not gone on with.
+        ValueError: output_dir holds a run that is not gone on with, or a model.
         FileNotFoundError: there is no such checkpoint.
     """
     checkpoint = None if resume_from is None else find_checkpoint(resume_from, output_dir)
@@ -108,6 +117,11 @@ def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
             f"{output_dir} holds an earlier run: go on with it (--resume_from_checkpoint latest), "
             "choose another output_dir, or remove it"
         )
+    if checkpoint is None and (output_dir / SAFE_WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"{output_dir} holds the weights of a model, and no checkpoint to go on from: choose another output_dir, "
+            "or remove it"
+        )
     return checkpoint
 
 
@@ -116,7 +130,7 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], settings: dict[str, 
 
     Args:
         checkpoint: where `saved` comes from.
-        saved, settings: `flow_training.config.trajectory_settings`, then and now.
+        saved, settings: `flow_training.config.TrainingConfig.trajectory`, then and now.
 
     Raises:
         ValueError: they differ; the message lists how.

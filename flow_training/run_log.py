@@ -15,13 +15,19 @@ class RunLog:
         output_dir: The run's folder.
         step: Steps done before this run goes on; lines of later ones are cut, and so are lines that are damaged, as
             the last one is where the run was killed.
+        validation_due: The validation of that step is done again; its line is cut, too.
     """
 
-    def __init__(self, output_dir: Path, step: int):
+    def __init__(self, output_dir: Path, step: int, validation_due: bool = False):
         self.path = output_dir / FILE_NAME
         kept = [line for line in read_log(self.path) if line["step"] <= step] if self.path.exists() else []
+        if validation_due:
+            kept = [line for line in kept if line["step"] < step or not any("validation/" in key for key in line)]
         unfinished = self.path.with_name(f"unfinished-{FILE_NAME}")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with unfinished.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, self.path)
 
     def write(self, figures: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def describe_plan(curriculum: Curriculum) -> str:
                 f"{config.max_train_steps:,}",
                 f"{config.total_batch_size}",
                 f"{config.max_train_steps * config.total_batch_size:,}",
-                config.model_name_or_path or f"random ({config.model_size})",
+                config.model_name_or_path or f"random ({config.model_size or 'large'})",
                 _describe_checkpoints(config),
                 _megabytes(disk),
                 state,

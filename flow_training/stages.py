@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from flow_training.checkpoints import list_checkpoints
 from flow_training.config import FREE_ON_RESUME, TrainingConfig, nearest, parse_config, read_yaml, to_flag
@@ -17,6 +17,7 @@ from flow_training.run_log import FILE_NAME as LOG_NAME
 
 CURRICULUM_KEYS = ("stages", "flags", "launch", "output_root")
 STAGE_KEYS = ("config", "name", "flags")
+FINISHED_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, RUN_CONFIG, "README.md")
 SET_BY_CURRICULUM = {
     "resume_from_checkpoint": "a stage in progress is always resumed",
     "model_name_or_path": "a stage starts from the weights of the one before",
@@ -41,7 +42,7 @@ class Stage:
 
         A run puts its settings, its model card and its weights in place after the last step (`hub.write_run`).
         """
-        if not all((self.output_dir / name).is_file() for name in (SAFE_WEIGHTS_NAME, RUN_CONFIG, "README.md")):
+        if not all((self.output_dir / name).is_file() for name in FINISHED_FILES):
             return False
         return self.finished_settings().get("max_train_steps") == self.config.max_train_steps
 

@@ -1,15 +1,34 @@
 """Stopping when a job scheduler, or a person, says so: after the current step, on all processes at once."""
 
+import ctypes
+import os
 import signal
 import sys
 import threading
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def outlive_no_launcher() -> None:
+    """Take the death of `accelerate launch` for a SIGTERM: started for one process, it does not pass signals on.
+
+    Only on Linux, and only below that launcher: what started the run otherwise, a shell say, may end before it.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return
+    if any("accelerate" in word for word in words) and any("launch" in word for word in words):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopRequest:

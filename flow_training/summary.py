@@ -2,6 +2,7 @@
 
 from flow_data.sampling import TrainingPairs
 from flow_training.config import TrainingConfig
+from flow_training.model import model_size
 from modeling_raft import RaftForOpticalFlow
 
 
@@ -27,7 +28,7 @@ def describe_run(
     """
     samples = config.max_train_steps * config.total_batch_size
     start = config.model_name_or_path or "random weights"
-    size = "small" if model.config.encoder_block == "bottleneck" else "large"
+    size = model_size(model)
     frozen = ", BatchNorm frozen" if config.freeze_batch_norm else ""
     mix = [f"{source.name}: {len(source.dataset):,} pairs x {source.repeats}" for source in pairs.sources]
     per_pass = config.per_device_train_batch_size or 0

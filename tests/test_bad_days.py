@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 from tiny_run import CPU, PROJECT, command, environment, figures, start, train
 
 from flow_data.flow_io import write_flow
+from flow_data.sampling import RunSampler
+from flow_training.checkpoints import find_checkpoint
+from flow_training.optimization import make_schedule
 from flow_training.run_dir import RunLock
 from flow_training.run_log import read_log
 from modeling_raft import RaftForOpticalFlow
@@ -182,8 +185,43 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert second.returncode == 1 and f"another run writes into {output_dir} (process {process.pid}" in second.stderr
     process.kill()  # its workers live on for a moment; the lock does not
     process.communicate()
-    third = train(output_dir, "--resume_from_checkpoint", "auto", "--allow_config_changes", max_train_steps="1")
+    step = find_checkpoint("latest", output_dir).name.rpartition("-")[2]
+    third = train(output_dir, "--resume_from_checkpoint", "auto", "--allow_config_changes", max_train_steps=step)
     assert third.returncode == 0, third.stderr
+
+
+def test_a_run_of_two_processes_keeps_others_out_and_names_what_only_one_knows(tmp_path):
+    """The lock is the first process's; the file that cannot be read, in its last step, is the second one's."""
+    (tmp_path / "data").mkdir()
+    names = [f"{index}.png" for index in range(400)]
+    for name in names:
+        cv2.imwrite(str(tmp_path / "data" / name), np.full((72, 88, 3), 7, np.uint8))
+    write_flow(tmp_path / "data" / "flow.flo", np.zeros((72, 88, 2), np.float32))
+    rows = [f"{name},{name},flow.flo" for name in names]
+    (tmp_path / "data" / "pairs.csv").write_text("\n".join(["image1,image2,flow", *rows]))
+    last = next(iter(RunSampler(len(names), 1234, 399, 400)))[1]
+    bad = tmp_path / "data" / names[last]
+    bad.write_bytes(bad.read_bytes()[:30])
+    settings = {"train_mix": "{pairs: 1}", "pairs_path": str(tmp_path / "data" / "pairs.csv")}
+    settings |= {"max_train_steps": "100", "checkpointing_steps": "1000"}
+    process = start(tmp_path / "run", processes=2, **settings)
+    wait_for_step(process, tmp_path / "run", 1)
+    with pytest.raises(ValueError, match="another run writes into"):
+        RunLock(tmp_path / "run")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0 and "train_flow.py: error:" in errors and str(bad) in errors, errors
+    assert "another process of this run has ended" in errors and "Go on with:" in errors
+
+
+def test_the_death_of_a_launcher_is_a_signal(tmp_path):
+    """accelerate launch of one process dies of SIGTERM and passes nothing on."""
+    words = command(tmp_path / "run", **SETTINGS | {"max_train_steps": "1000", "validation_sets": None})
+    words[1:1] = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment(), cwd=PROJECT)
+    wait_for_step(process, tmp_path / "run", 1)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)  # until the trainer has closed it, too
+    assert "SIGTERM: step" in errors and "is saved" in errors, errors
 
 
 def test_a_lock_dies_with_its_process_not_with_its_children(tmp_path):
@@ -222,8 +260,14 @@ def test_a_corrupt_image_is_named_or_replaced(tmp_path):
     result = train(tmp_path / "stopped", **settings)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert str(bad) in result.stderr and "truncated" in result.stderr and "--skip_bad_samples" in result.stderr
+
     done = len(figures(tmp_path / "stopped"))
     assert f"Step {done} is saved" in result.stderr and (tmp_path / "stopped" / f"checkpoint-{done}").is_dir()
+
+    validated = {"validation_sets": "kitti_2015", "validation_steps": "1", "max_train_steps": "2"}
+    result = train(tmp_path / "validated", data_root=str(tmp_path), **validated)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert str(bad) in result.stderr and "Step 1 is saved" in result.stderr
 
     skipped = train(tmp_path / "skipped", "--skip_bad_samples", **settings)
     assert skipped.returncode == 0, skipped.stderr
@@ -277,8 +321,17 @@ def test_changed_settings_are_refused_by_name(whole, tmp_path):
         assert difference in result.stderr
     free = {"max_train_steps": "2", "per_device_train_batch_size": "1", "dataloader_num_workers": "0"}
     assert train(output_dir, *resume, **SETTINGS | free | {"logging_steps": "2"}).returncode == 0
+    # With leave to change, they take effect: also far beyond the schedule that the checkpoint was saved with.
+    changed |= {"max_train_steps": "110", "learning_rate": "7e-4", "validation_sets": None, "num_flow_updates": "1"}
+    changed |= {"checkpointing_steps": "1000"}
     allowed = train(output_dir, *resume, "--allow_config_changes", **SETTINGS | changed)
     assert allowed.returncode == 0, allowed.stderr
+    schedule = make_schedule(torch.optim.AdamW([torch.zeros(1)]), 7e-4, 110)
+    expected = []
+    for _ in range(110):
+        expected.append(schedule.get_last_lr()[0])
+        schedule.step()
+    assert [line["learning_rate"] for line in figures(output_dir)][2:] == expected[2:]
 
 
 def test_a_hub_that_is_gone_at_the_end_costs_nothing(tmp_path):

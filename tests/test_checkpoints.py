@@ -1,6 +1,7 @@
 """Which checkpoint is the latest, and what the log keeps when a run goes on."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,12 +9,24 @@ from flow_training.checkpoints import find_checkpoint, list_checkpoints, set_asi
 from flow_training.run_log import FILE_NAME, RunLog, read_log
 
 
+def make_checkpoint(path: Path) -> None:
+    path.mkdir()
+    (path / "settings.yaml").touch()
+
+
 def test_latest_is_the_highest_finished_step(tmp_path):
     for name in ("checkpoint-5", "checkpoint-100", "checkpoint-20", "unfinished-checkpoint-300", "checkpoint-x"):
-        (tmp_path / name).mkdir()
+        make_checkpoint(tmp_path / name)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-20", "checkpoint-100"]
     assert find_checkpoint("latest", tmp_path).name == "checkpoint-100"
     assert find_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path).name == "checkpoint-5"
+
+
+def test_a_folder_without_a_checkpoint_hides_no_older_one(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-9").touch()
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-3"
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):
@@ -30,7 +43,7 @@ def test_what_is_no_checkpoint_is_an_error(tmp_path):
 
 def test_checkpoints_of_an_abandoned_course_are_not_the_latest(tmp_path):
     for step in (2, 4, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
     set_aside_later_checkpoints(tmp_path, 4)
     assert find_checkpoint("latest", tmp_path).name == "checkpoint-4"
     assert (tmp_path / "abandoned-checkpoint-6").is_dir()  # no work is lost

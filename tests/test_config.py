@@ -101,7 +101,7 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("zoom_range: {sintel_clean: [0, 1]}", [], "neither synthetic nor default"),
         ("zoom_range: {default: [0, 1], sintle_clean: [0, 1]}", [], "did you mean 'sintel_clean'?"),
         ("total_batch_size: 0", [], "total_batch_size must be at least 1; got 0"),
-        ("learning_rate: -1", [], "learning_rate must be positive; got -1"),
+        ("learning_rate: -1", [], "learning_rate must be positive and finite; got -1"),
         ("validation_sets: [kitti_2016]", [], "did you mean 'kitti_2015'?"),
         ("validation_sets: ['sintel_clean:validation']", [], "sintel_clean: expected a split of training, test, all"),
         ("train_split: testing", [], "synthetic: expected a split of"),
@@ -114,6 +114,20 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("", ["--train_mix", "{synthetic: 1"], "is no YAML"),
         ("", ["stray"], "'stray' belongs to no flag"),
         ("- a list", [], "is no YAML"),
+        ("config_overrides: {loss_gamma: 0.5}", [], "loss_gamma is set by the run's gamma"),
+        ("seed: 1\nseed: 2", [], "the key seed occurs twice"),
+        ("crop_size: []", [], "crop_size: the list is empty"),
+        ("data_root: ''", [], "data_root is empty"),
+        ("zoom_range: [0, 6]", [], "zoom_range must be [lo, hi] in log2 with -5 <= lo <= hi <= 5"),
+        ("", ["--train_mix", "{1: 2}"], "unknown source 1: did you mean"),
+        ("", ["--synthetic_displacement", "1", "inf"], "synthetic_displacement must be a range"),
+        ("", ["--synthetic_num_pairs", "9" * 20], "synthetic_num_pairs must be at most"),
+        ("", ["--seed", "4294967296"], "seed must be at most 4294967295"),
+        ("weight_decay: .inf", [], "weight_decay must be"),
+        ("learning_rate: .inf", [], "learning_rate must be positive and finite; got inf"),
+        ("validation_sets: ['synthetic:']", [], "names no split"),
+        ("validation_sets: [synthetic, synthetic]", [], "names synthetic twice"),
+        ("", ["--hub_token", "--secret"], "hub_token"),
         ("config_overrides: {a: 1}\nmodel_name_or_path: x", [], "config_overrides shape a model from scratch"),
     ],
 )
@@ -123,7 +137,7 @@ def test_mistakes_are_one_clear_line(tmp_path, capsys, text, flags, message):
     assert error.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed
-    assert "Traceback" not in printed
+    assert "Traceback" not in printed and printed.count("\n") == 1 and "secret" not in printed
 
 
 def test_text_of_yaml_is_a_range_and_an_empty_list_switches_off(tmp_path):

@@ -24,7 +24,7 @@ from flow_training.config import parse_config
 from flow_training.curriculum import PassedOnSignals, main
 from flow_training.run_log import read_log
 from flow_training.stage_plan import disk_needed, kept_checkpoints
-from flow_training.stages import read_curriculum
+from flow_training.stages import FINISHED_FILES, read_curriculum
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((PROJECT / "configs" / "curriculum").glob("*.yaml"))
@@ -192,7 +192,7 @@ def test_killed_in_the_second_stage_it_goes_on_there(second_to_do, finished):
 def test_killed_before_the_first_checkpoint_a_stage_starts_anew(second_to_do, finished):
     outputs = second_to_do.parent / "outputs"
     shutil.copytree(finished / "outputs" / "second", outputs / "second", ignore=shutil.ignore_patterns("checkpoint-*"))
-    for name in ("model.safetensors", "run_config.yaml", "README.md"):
+    for name in FINISHED_FILES:
         (outputs / "second" / name).unlink()
     code, output = run(second_to_do)
     assert code == 0, output
@@ -255,7 +255,7 @@ output_dir = Path(sys.argv[sys.argv.index("--output_dir") + 1])
 output_dir.mkdir(parents=True)
 steps = sys.argv[len(sys.argv) - sys.argv[::-1].index("--max_train_steps")]
 (output_dir / "run_config.yaml").write_text(f"max_train_steps: {steps}")
-for name in ("README.md", "model.safetensors"):
+for name in ("README.md", "config.json", "preprocessor_config.json", "model.safetensors"):
     (output_dir / name).touch()
 """
 
@@ -422,8 +422,8 @@ def make_run(folder: Path, steps: int, *checkpoints: int, done: bool = True, **s
         (folder / f"checkpoint-{step}").mkdir()
     if done:
         write_yaml(folder / "run_config.yaml", {"max_train_steps": steps, **settings})
-        (folder / "README.md").touch()
-        (folder / "model.safetensors").touch()
+        for name in FINISHED_FILES:
+            (folder / name).open("a").close()
 
 
 def test_states(tmp_path):
@@ -443,7 +443,7 @@ def test_states(tmp_path):
     shutil.rmtree(first)
     make_run(first, 3, 2)
     assert curriculum.states() == ["done", "not started"] and curriculum.first_to_train() == 1
-    for name in ("model.safetensors", "run_config.yaml", "README.md"):
+    for name in FINISHED_FILES:
         os.rename(first / name, tmp_path / name)
         assert curriculum.states()[0] == "in progress, from step 2"
         os.rename(tmp_path / name, first / name)

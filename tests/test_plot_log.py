@@ -98,9 +98,9 @@ def test_a_torn_last_line_is_ignored(tmp_path):
         (None, "no such log: .*run/train_log.jsonl"),
         (b"", "run/train_log.jsonl holds no whole line"),
         (b'{"step": 1, "lo', "run/train_log.jsonl holds no whole line"),
-        (b"[1, 2]\n", "run/train_log.jsonl is no training log"),
-        (b'{"loss": 1}\n', "run/train_log.jsonl is no training log"),
-        (b"\xff\xd8\xff\xe0", "run/train_log.jsonl is no training log"),
+        (b"[1, 2]\n", "run/train_log.jsonl holds no whole line"),
+        (b'{"loss": 1}\n', "run/train_log.jsonl holds no whole line"),
+        (b"\xff\xd8\xff\xe0", "run/train_log.jsonl holds no whole line"),
     ],
 )
 def test_a_log_that_cannot_be_drawn_is_named(content, message, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -128,10 +129,15 @@ def test_resumed_equals_uninterrupted(finished_run, tmp_path):
     log = (tmp_path / "whole" / "train_log.jsonl").read_text()
     (output_dir / "train_log.jsonl").write_text(log + '{"step": 6, "lo')  # later lines, and a torn one
     resume = ["--add_noise", "--resume_from_checkpoint", "latest"]
-    resumed = train(
-        output_dir, *resume, max_train_steps="5", logging_steps="2", **shared | {"dataloader_num_workers": "2"}
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    for changed in ({"dataloader_num_workers": "2"}, {"per_device_train_batch_size": "4"}):
+        copy = tmp_path / next(iter(changed))
+        shutil.copytree(output_dir, copy)
+        resumed = train(copy, *resume, max_train_steps="5", logging_steps="2", **shared | changed)
+        assert resumed.returncode == 0, resumed.stderr
+        assert len(figures(copy)) == len(figures(tmp_path / "whole"))
+        for ours, theirs in zip(figures(copy), figures(tmp_path / "whole"), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)  # more pairs a pass are summed in another order
+    output_dir = tmp_path / "dataloader_num_workers"
     assert figures(output_dir) == figures(tmp_path / "whole")
     ours, theirs = (load_file(path / "model.safetensors") for path in (output_dir, tmp_path / "whole"))
     for name in theirs:
