@@ -420,6 +420,7 @@ def make_run(folder: Path, steps: int, *checkpoints: int, done: bool = True, **s
     (folder / "train_log.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     for step in checkpoints:
         (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "settings.yaml").touch()
     if done:
         write_yaml(folder / "run_config.yaml", {"max_train_steps": steps, **settings})
         for name in FINISHED_FILES:
@@ -436,6 +437,7 @@ def test_states(tmp_path):
     assert curriculum.states()[0] == "in progress, without a checkpoint: from the start"
     for step in (8, 10):
         (first / f"checkpoint-{step}").mkdir()
+        (first / f"checkpoint-{step}" / "settings.yaml").touch()
     assert curriculum.states()[0] == "in progress, from step 10"
     shutil.rmtree(first)
     make_run(first, 2, 2)  # it was done when there were fewer steps to do
