@@ -298,21 +298,14 @@ class RaftForOpticalFlow(PreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
 
-        corr, hidden, context = self._encode(pixel_values.to(self.dtype))
+        # One pass for both frames is faster; instance norm keeps them apart.
+        features = self.encode_features(pixel_values.transpose(0, 1).flatten(0, 1))
+        features1, features2 = features.chunk(2)
+        hidden, context = self.encode_context(pixel_values[:, 0])
         keep_all = labels is not None or output_flow_predictions
-        flow_predictions = []
-
-        batch, _, height, width = hidden.shape
-        # Coordinates need float32: neighbouring pixels of a wide image are one number in half precision.
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        grid = pixel_grid(batch, height, width, dtype, hidden.device)
-        flow = torch.zeros_like(grid) if initial_flow is None else initial_flow.to(dtype)
-        for i in range(num_flow_updates):
-            flow = flow.detach()  # no gradient flows through the coordinates, as in the published training
-            hidden, delta_flow = self.update_block(hidden, context, corr.lookup(grid + flow), flow)
-            flow = flow + delta_flow.to(dtype)
-            if keep_all or i == num_flow_updates - 1:
-                flow_predictions.append(self.upsampler(hidden, flow))
+        flow, flow_predictions = self.estimate(
+            features1, features2, hidden, context, num_flow_updates, initial_flow, keep_all
+        )
 
         loss = None
         if labels is not None:
@@ -326,15 +319,53 @@ class RaftForOpticalFlow(PreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
-    def _encode(self, pixel_values: Tensor) -> tuple[CorrelationPyramid, Tensor, Tensor]:
-        """Everything that is computed once per pair: correlations, first recurrent state, context."""
-        image1 = pixel_values[:, 0]
-        # One pass for both frames is faster; instance norm keeps them apart.
-        fmap1, fmap2 = self.feature_encoder(pixel_values.transpose(0, 1).flatten(0, 1)).chunk(2)
-        corr = CorrelationPyramid(fmap1, fmap2, self.config.corr_levels, self.config.corr_radius)
+    def encode_features(self, images: Tensor) -> Tensor:
+        """What is matched between frames: `(B, 3, H, W)` in [-1, 1] to `(B, feature_dim, h, w)`."""
+        return self.feature_encoder(images.to(self.dtype))
+
+    def encode_context(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What updates know of frame 1: `(B, 3, H, W)` to the first hidden state and the context, `(B, ., h, w)`."""
         dims = [self.config.hidden_dim, self.config.context_dim]
-        hidden, context = self.context_encoder(image1).split(dims, dim=1)
-        return corr, torch.tanh(hidden), torch.relu(context)
+        hidden, context = self.context_encoder(images.to(self.dtype)).split(dims, dim=1)
+        return torch.tanh(hidden), torch.relu(context)
+
+    def estimate(
+        self,
+        features1: Tensor,
+        features2: Tensor,
+        hidden: Tensor,
+        context: Tensor,
+        num_flow_updates: int,
+        initial_flow: Tensor | None = None,
+        keep_all: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Flow from the encodings of two frames, for those who keep encodings from one pair to the next.
+
+        Args:
+            features1: of frame 1, `encode_features`.
+            features2: of frame 2.
+            hidden, context: of frame 1, `encode_context`.
+            num_flow_updates: at least 1.
+            initial_flow: `(B, 2, h, w)` in grid pixels; None: zero.
+            keep_all: upsample the flow of every update, not of the last one only.
+
+        Returns:
+            The last flow `(B, 2, h, w)` in grid pixels, and upsampled ones `(B, 2, H, W)` in pixels.
+        """
+        corr = CorrelationPyramid(features1, features2, self.config.corr_levels, self.config.corr_radius)
+        batch, _, height, width = hidden.shape
+        # Coordinates need float32: neighbouring pixels of a wide image are one number in half precision.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        grid = pixel_grid(batch, height, width, dtype, hidden.device)
+        flow = torch.zeros_like(grid) if initial_flow is None else initial_flow.to(dtype)
+        flow_predictions = []
+        for i in range(num_flow_updates):
+            flow = flow.detach()  # no gradient flows through the coordinates, as in the published training
+            hidden, delta_flow = self.update_block(hidden, context, corr.lookup(grid + flow), flow)
+            flow = flow + delta_flow.to(dtype)
+            if keep_all or i == num_flow_updates - 1:
+                flow_predictions.append(self.upsampler(hidden, flow))
+        return flow, flow_predictions
 
     def _check_inputs(
         self,
