@@ -56,9 +56,10 @@ class CorrelationPyramid:
         dtype = torch.promote_types(fmap1.dtype, torch.float32)
         batch, channels, height, width = fmap1.shape
         with torch.autocast(fmap1.device.type, enabled=False):
-            features1 = fmap1.to(dtype).flatten(2).transpose(1, 2)  # (B, h*w, C)
+            # Scaled before the product: of features there are few, of products h * w times as many.
+            features1 = (fmap1.to(dtype) / math.sqrt(channels)).flatten(2).transpose(1, 2)  # (B, h*w, C)
             features2 = fmap2.to(dtype).flatten(2)  # (B, C, h*w)
-            corr = features1 @ features2 / math.sqrt(channels)
+            corr = features1 @ features2
             corr = corr.reshape(batch * height * width, 1, height, width)
             self.levels = [corr]
             for _ in range(num_levels - 1):

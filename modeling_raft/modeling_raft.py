@@ -152,20 +152,54 @@ class MotionEncoder(nn.Module):
 
 
 class ConvGRU(nn.Module):
-    """A gated recurrent unit whose products are convolutions (paper section 3.3, equations 3 to 6)."""
+    """A gated recurrent unit whose products are convolutions (paper section 3.3, equations 3 to 6).
 
-    def __init__(self, hidden_dim: int, input_dim: int, kernel_size: tuple[int, int]):
+    Its input is the context and the motion. The context is the same in every update, and a convolution is linear: the
+    context's part of each gate is computed once per pair, which spares a third of the unit's work in every update.
+    """
+
+    def __init__(self, hidden_dim: int, context_dim: int, motion_dim: int, kernel_size: tuple[int, int]):
         super().__init__()
+        self.channels = [hidden_dim, context_dim, motion_dim]
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        self.update_gate = nn.Conv2d(hidden_dim + input_dim, hidden_dim, kernel_size, padding=padding)
-        self.reset_gate = nn.Conv2d(hidden_dim + input_dim, hidden_dim, kernel_size, padding=padding)
-        self.candidate = nn.Conv2d(hidden_dim + input_dim, hidden_dim, kernel_size, padding=padding)
+        self.update_gate = nn.Conv2d(sum(self.channels), hidden_dim, kernel_size, padding=padding)
+        self.reset_gate = nn.Conv2d(sum(self.channels), hidden_dim, kernel_size, padding=padding)
+        self.candidate = nn.Conv2d(sum(self.channels), hidden_dim, kernel_size, padding=padding)
 
-    def forward(self, hidden: Tensor, inputs: Tensor) -> Tensor:
-        hidden_and_inputs = torch.cat([hidden, inputs], dim=1)
-        update = torch.sigmoid(self.update_gate(hidden_and_inputs))
-        reset = torch.sigmoid(self.reset_gate(hidden_and_inputs))
-        candidate = torch.tanh(self.candidate(torch.cat([reset * hidden, inputs], dim=1)))
+    def prepare(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What all updates of a pair share.
+
+        Args:
+            context: `(B, context_dim, h, w)`.
+
+        Returns:
+            The context's part of both gates `(B, 2 * hidden_dim, h, w)`, and the weights for hidden state and motion
+            that go with it; the context's part of the candidate `(B, hidden_dim, h, w)`, and its weights.
+        """
+        return *self._split(context, self.update_gate, self.reset_gate), *self._split(context, self.candidate)
+
+    def _split(self, context: Tensor, *convs: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """Several convolutions of the same input as one: the context's part of it, and the weights of the rest."""
+        weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
+        of_hidden, of_context, of_motion = weight.split(self.channels, dim=1)
+        part = F.conv2d(context, of_context, bias, padding=convs[0].padding)
+        return part, torch.cat([of_hidden, of_motion], dim=1)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        motion: Tensor,
+        gates_part: Tensor,
+        gates_weight: Tensor,
+        candidate_part: Tensor,
+        candidate_weight: Tensor,
+    ) -> Tensor:
+        """`hidden` and `motion` are `(B, ., h, w)`; the rest is as `prepare` returns it. Returns the new `hidden`."""
+        padding = self.candidate.padding
+        gates = gates_part + F.conv2d(torch.cat([hidden, motion], dim=1), gates_weight, padding=padding)
+        update, reset = torch.sigmoid(gates).chunk(2, dim=1)
+        reset_and_motion = torch.cat([reset * hidden, motion], dim=1)
+        candidate = torch.tanh(candidate_part + F.conv2d(reset_and_motion, candidate_weight, padding=padding))
         return (1 - update) * hidden + update * candidate
 
 
@@ -175,9 +209,9 @@ class UpdateBlock(GradientCheckpointingLayer):
     def __init__(self, config: RaftConfig):
         super().__init__()
         self.motion_encoder = MotionEncoder(config)
-        input_dim = config.context_dim + config.motion_dim
         self.grus = nn.ModuleList(
-            ConvGRU(config.hidden_dim, input_dim, (height, width)) for height, width in config.gru_kernels
+            ConvGRU(config.hidden_dim, config.context_dim, config.motion_dim, (height, width))
+            for height, width in config.gru_kernels
         )
         self.flow_head = nn.Sequential(
             nn.Conv2d(config.hidden_dim, config.flow_head_dim, 3, padding=1),
@@ -185,12 +219,25 @@ class UpdateBlock(GradientCheckpointingLayer):
             nn.Conv2d(config.flow_head_dim, 2, 3, padding=1),
         )
 
-    def forward(self, hidden: Tensor, context: Tensor, corr: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-        """All inputs are `(B, channels, h, w)`; returns `hidden` and the flow's change `(B, 2, h, w)`, grid pixels."""
+    def prepare(self, context: Tensor) -> list[Tensor]:
+        """What all updates of a pair share of its context `(B, context_dim, h, w)`: four tensors for each GRU."""
+        return [shared for gru in self.grus for shared in gru.prepare(context)]  # type: ignore[operator]
+
+    def forward(self, hidden: Tensor, corr: Tensor, flow: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
+        """One update.
+
+        Args:
+            hidden: `(B, hidden_dim, h, w)`.
+            corr: `(B, L * K, h, w)`, looked up around `flow`.
+            flow: `(B, 2, h, w)`, grid pixels.
+            shared: As `prepare` returns it; separate tensors, as activation checkpointing wants them.
+
+        Returns:
+            The new `hidden`, and the change of the flow `(B, 2, h, w)`, grid pixels.
+        """
         motion = self.motion_encoder(cast_saturating(corr, hidden.dtype), cast_saturating(flow, hidden.dtype))
-        inputs = torch.cat([context, motion], dim=1)
-        for gru in self.grus:
-            hidden = gru(hidden, inputs)
+        for i, gru in enumerate(self.grus):
+            hidden = gru(hidden, motion, *shared[4 * i : 4 * i + 4])
         return hidden, self.flow_head(hidden)
 
 
@@ -358,10 +405,11 @@ class RaftForOpticalFlow(PreTrainedModel):
         dtype = torch.promote_types(self.dtype, torch.float32)
         grid = pixel_grid(batch, height, width, dtype, hidden.device)
         flow = torch.zeros_like(grid) if initial_flow is None else initial_flow.to(dtype)
+        shared = self.update_block.prepare(context)
         flow_predictions = []
         for i in range(num_flow_updates):
             flow = flow.detach()  # no gradient flows through the coordinates, as in the published training
-            hidden, delta_flow = self.update_block(hidden, context, corr.lookup(grid + flow), flow)
+            hidden, delta_flow = self.update_block(hidden, corr.lookup(grid + flow), flow, *shared)
             flow = flow + delta_flow.to(dtype)
             if keep_all or i == num_flow_updates - 1:
                 flow_predictions.append(self.upsampler(hidden, flow))

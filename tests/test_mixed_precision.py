@@ -99,7 +99,7 @@ def test_float16_trains_with_features_100_times_larger(size):
     model, inputs = new_model(size), random_inputs()
     enlarge_features(model, 100)
     largest = []
-    hook = model.update_block.register_forward_pre_hook(lambda _, args: largest.append(args[2].abs().max().item()))
+    hook = model.update_block.register_forward_pre_hook(lambda _, args: largest.append(args[1].abs().max().item()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     scaler = torch.amp.GradScaler("cpu")
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
