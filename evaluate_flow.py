@@ -1,16 +1,22 @@
-"""Evaluate a model on a benchmark by its published protocol.
+"""Evaluate a model on a benchmark by its published protocol, or write what the benchmark's server takes.
 
 python evaluate_flow.py --model DIR_OR_REPO --dataset sintel_clean --data_dir datasets/Sintel --output report.json
+python evaluate_flow.py --model DIR_OR_REPO --dataset kitti_2015 --data_dir datasets/KITTI --submission kitti_results
+
+Under `accelerate launch`, processes share the pairs. docs/evaluation.md tells what the figures are.
 """
 
 import argparse
 import json
 import logging
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
+from tqdm.auto import tqdm
 
 from flow_data.features import to_sample
 from flow_data.images import undecoded
@@ -18,9 +24,17 @@ from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_inference.pictures import draw_comparison
-from flow_inference.prediction import predict_pair
+from flow_inference.prediction import chunk_rows, find_sequences, predict_pair, predict_rows, share_out
+from flow_inference.submission import (
+    SUBMISSIONS,
+    check_submission,
+    find_missing,
+    prepare_folders,
+    read_frames,
+    write_result,
+)
 from flow_training.config import nearest
-from flow_training.evaluation import PROTOCOLS, Protocol, check_precision, evaluate
+from flow_training.evaluation import DTYPES, PROTOCOLS, Protocol, check_precision, evaluate
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -34,27 +48,76 @@ def main(argv: list[str] | None = None) -> None:
         check_precision(accelerator)
         if not accelerator.is_main_process:
             logging.getLogger("flow_data").setLevel(logging.ERROR)  # what is missing from the data is said once
-        split, dataset = open_dataset(args)
-        model = load_raft(args.model).eval().to(accelerator.device)
-        protocol = PROTOCOLS[args.dataset]
-        report = evaluate(model, dataset, protocol, accelerator, args.num_flow_updates)
+        if args.submission is None:
+            report(args, accelerator)
+        else:
+            submit(args, accelerator)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate_flow.py: error: {error}")
+
+
+def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Evaluate; print the figures, write and draw what is asked for."""
+    split = args.split or PROTOCOLS[args.dataset].split
+    dataset = open_dataset(args, split)
+    model = load_raft(args.model).eval().to(accelerator.device)
+    protocol = PROTOCOLS[args.dataset]
+    figures = evaluate(
+        model,
+        dataset,
+        protocol,
+        accelerator,
+        args.num_flow_updates,
+        batch_size=args.batch_size,
+        warm_start=args.warm_start,
+    )
     if not accelerator.is_main_process:
         return
 
-    report = {"dataset": args.dataset, "split": split, **report}
-    used = report["protocol"]
-    print(f"{args.dataset} {split}: {report['num_pairs']} pairs, {used['num_flow_updates']} updates, {used['dtype']}")
-    for name, value in report["metrics"].items():
+    used = figures["protocol"]
+    print(f"{args.dataset} {split}: {figures['num_pairs']} pairs, {describe(args, used)}")
+    for name, value in figures["metrics"].items():
         print(f"  {name:16} {value:.4f}")
-    print(f"  (zero flow: epe {report['zero_flow_epe']:.4f})")
+    print(f"  (zero flow: epe {figures['zero_flow_epe']:.4f})")
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        contents = without_nan({"dataset": args.dataset, "split": split, **figures})
+        args.output.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
     if args.picture is not None:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         draw_pairs(model, dataset, protocol, args.num_flow_updates).save(args.picture)
+
+
+def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Write the flow of every pair for the benchmark's server, and say what is missing."""
+    check_submission(args.dataset)
+    submission, protocol = SUBMISSIONS[args.dataset], PROTOCOLS[args.dataset]
+    split = args.split or submission.split
+    dataset = open_dataset(args, split).select_columns(["id", "image1", "image2"])
+    paths = [args.submission / submission.path(id_) for id_ in dataset["id"]]
+    prepare_folders(paths)
+    model = load_raft(args.model).eval().to(accelerator.device)
+
+    shares = share_out(chunk_rows(dataset, args.batch_size, args.warm_start), accelerator.num_processes)
+    share = shares[accelerator.process_index]
+    updates = args.num_flow_updates or protocol.num_flow_updates
+    used = {"num_flow_updates": updates, "dtype": DTYPES[accelerator.mixed_precision]}
+    with (
+        accelerator.autocast(),
+        tqdm(total=sum(map(len, share)), desc="predicting", disable=not accelerator.is_main_process) as bar,
+    ):
+        predictions = predict_rows(model, dataset, share, read_frames, updates, protocol.padding, args.warm_start)
+        for prediction in predictions:
+            write_result(paths[prediction.position], prediction.flow, submission)
+            bar.update()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"{args.dataset} {split}: {len(paths)} files in {args.submission}, {describe(args, used)}")
+        faults = find_missing(args.dataset, split, args.submission, list(dataset["id"]))
+        for fault in faults:
+            print(f"  incomplete: {fault}")
+        if not faults:
+            print("  complete; docs/evaluation.md tells how to hand it in")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -62,14 +125,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
     parser.add_argument("--dataset", required=True, help=", ".join(sorted(PROTOCOLS)))
     parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: pictures to cut textures from")
-    parser.add_argument("--split", help="default: what the published protocol evaluates; 'all' for every pair")
+    parser.add_argument(
+        "--split",
+        help="default: what the published protocol evaluates, or with --submission the test split; 'all' for every "
+        "pair with ground truth",
+    )
     parser.add_argument("--num_flow_updates", type=int, help="default: the protocol's")
+    parser.add_argument("--batch_size", type=int, default=1, help="pairs that a process predicts at once, default 1; "
+                        "where the size of images changes, a new batch begins")  # fmt: skip
+    parser.add_argument("--warm_start", action="store_true", help="video: start each pair from the flow of the one "
+                        "before, moved along, as published for Sintel submissions")  # fmt: skip
     parser.add_argument(
         "--mixed_precision", choices=["no", "bf16", "fp16"], help="default: accelerate launch's, else no"
     )
     parser.add_argument("--output", type=Path, help="report to write, JSON")
     parser.add_argument("--picture", type=Path, help=f"picture to write of the first {PICTURE_PAIRS} pairs: frame 1, "
                         "true flow, predicted flow, error")  # fmt: skip
+    parser.add_argument("--submission", type=Path, metavar="DIR", help="instead of a report, write the flow of the "
+                        f"test split in the server's format; for {', '.join(SUBMISSIONS)}")  # fmt: skip
     options = SyntheticOptions()
     group = parser.add_argument_group("synthetic pairs, as the training flags of the same names")
     group.add_argument("--synthetic_image_size", type=int, nargs=2, default=options.image_size)
@@ -81,24 +154,49 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown dataset {args.dataset}{nearest(args.dataset, list(PROTOCOLS))}")
     if args.dataset != "synthetic" and args.data_dir is None:
         parser.error(f"--data_dir is missing: the folder of {args.dataset}")
-    if args.num_flow_updates is not None and args.num_flow_updates < 1:
-        parser.error(f"--num_flow_updates must be at least 1; got {args.num_flow_updates}")
+    for name in ("num_flow_updates", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1; got {value}")
+    if args.warm_start and args.batch_size > 1:
+        parser.error(f"--warm_start predicts one pair after the other: leave out --batch_size {args.batch_size}")
+    if args.submission is not None and (args.output or args.picture):
+        parser.error("--submission writes flow and compares it with nothing: leave out --output and --picture")
     return args
 
 
-def open_dataset(args: argparse.Namespace):
-    """(split, rows) of the data set that the arguments name."""
-    split = args.split or PROTOCOLS[args.dataset].split
+def open_dataset(args: argparse.Namespace, split: str):
+    """The rows that the arguments name."""
     check_split(args.dataset, split)
-    if args.dataset != "synthetic":
-        return split, undecoded(load_source(args.dataset, args.data_dir, split))
-    options = SyntheticOptions(
-        image_size=tuple(args.synthetic_image_size),
-        displacement=tuple(args.synthetic_displacement),
-        shapes=tuple(args.synthetic_shapes),
-        textures=args.data_dir,
-    )
-    return split, synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
+    if args.dataset == "synthetic":
+        options = SyntheticOptions(
+            image_size=tuple(args.synthetic_image_size),
+            displacement=tuple(args.synthetic_displacement),
+            shapes=tuple(args.synthetic_shapes),
+            textures=args.data_dir,
+        )
+        dataset = synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
+    else:
+        dataset = undecoded(load_source(args.dataset, args.data_dir, split))
+    if args.warm_start and len(find_sequences(dataset)) == len(dataset):
+        raise ValueError(f"--warm_start: no pair of {args.dataset} {split} begins with the frame with which another "
+                         "ends, so there is no flow to start from; leave it out")  # fmt: skip
+    return dataset
+
+
+def describe(args: argparse.Namespace, used: dict[str, Any]) -> str:
+    """How flow was predicted, for people; `used` is the report's protocol."""
+    warm_start = ", warm start" if args.warm_start else ""
+    return f"{used['num_flow_updates']} updates, {used['dtype']}{warm_start}"
+
+
+def without_nan(value: Any) -> Any:
+    """A report with null for what is not a number, which JSON cannot say: figures of no pixel at all."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw_pairs(model: RaftForOpticalFlow, dataset, protocol: Protocol, num_flow_updates: int | None) -> Image.Image:

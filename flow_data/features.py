@@ -293,3 +293,22 @@ def to_sample(row: Mapping[str, Any]) -> FlowSample:
         valid = valid & mask
         flow = np.where(valid[..., None], flow, np.float32(0))
     return FlowSample(image1, image2, flow, valid)
+
+
+def to_occlusion(row: Mapping[str, Any]) -> np.ndarray | None:
+    """Decode the mask of what frame 2 does not show: a row's column `occlusion`, which Sintel has.
+
+    Args:
+        row: of a source; `occlusion` as a PIL image or as stored (`{"bytes", "path"}`), None or absent.
+
+    Returns:
+        `(H, W)` bool, True where the pixel of frame 1 is occluded in frame 2; None where there is no mask.
+
+    Raises:
+        ValueError: a damaged file.
+        OSError: the file cannot be read.
+    """
+    value = row.get("occlusion")
+    if value is None:
+        return None
+    return ValidMask().decode_example(value) if isinstance(value, Mapping) else np.asarray(value) != 0

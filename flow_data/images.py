@@ -28,6 +28,7 @@ from flow_data.png_files import PNG_GREY, PNG_RGB, PNG_SIGNATURE, read_png
 PPM_HEADER = re.compile(rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s")  # a comment in it, or 16 bits: Pillow knows
 
 SAMPLE_COLUMNS = ("id", "image1", "image2", "flow", "valid")
+EVALUATION_COLUMNS = ("occlusion",)  # more, where there are any, that figures are divided by
 
 
 def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarray:
@@ -84,7 +85,9 @@ def to_rgb(image: PIL.Image.Image, name: str) -> np.ndarray:
 
 
 def undecoded(dataset: Any) -> Any:
-    """The rows of a source with only what a sample needs, and images left as stored for `read_rgb` to decode.
+    """The rows of a source with only what a sample and its evaluation need, and images left as stored.
+
+    `read_rgb` decodes them, `flow_data.features.to_occlusion` the masks of occluded pixels.
 
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`. One without columns of images, as `synthetic`'s, which
@@ -93,9 +96,10 @@ def undecoded(dataset: Any) -> Any:
     features = getattr(dataset, "features", None)
     if features is None or not all(isinstance(features.get(key), Image) for key in ("image1", "image2")):
         return dataset
-    dataset = dataset.select_columns([column for column in SAMPLE_COLUMNS if column in features])
-    for key in ("image1", "image2"):
-        dataset = dataset.cast_column(key, Image(decode=False))
+    dataset = dataset.select_columns([column for column in SAMPLE_COLUMNS + EVALUATION_COLUMNS if column in features])
+    for key in ("image1", "image2", *EVALUATION_COLUMNS):
+        if isinstance(features.get(key), Image):
+            dataset = dataset.cast_column(key, Image(decode=False))
     return dataset
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from flow_data.features import to_sample
+from flow_data.features import FlowSample, to_occlusion, to_sample
 from flow_inference.pictures import draw_comparison
-from flow_inference.prediction import predict_pair
-from flow_training.metrics import error_sums, ratios, summarize
+from flow_inference.prediction import Prediction, chunk_rows, predict_pair, predict_rows, share_out
+from flow_training.metrics import error_sums, ratios, region_figures, region_sums, summarize
 from modeling_raft import RaftForOpticalFlow
 
 
@@ -65,6 +65,16 @@ def check_precision(accelerator: Accelerator) -> None:
         raise ValueError(f"mixed_precision must be one of {', '.join(DTYPES)}; got {accelerator.mixed_precision}")
 
 
+class PairSums(NamedTuple):
+    """What one pair adds to the figures; see `flow_training.metrics`."""
+
+    position: int  # of the pair, in the data set
+    id: str
+    errors: list[float]
+    zero_flow_errors: list[float]
+    regions: list[list[float]]
+
+
 def evaluate(
     model: RaftForOpticalFlow,
     dataset: Any,
@@ -73,6 +83,8 @@ def evaluate(
     num_flow_updates: int | None = None,
     description: str = "evaluating",
     stop_agreed: Callable[[], Any] = lambda: False,
+    batch_size: int = 1,
+    warm_start: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on all pairs of a data set, each process a share of them.
 
@@ -85,58 +97,76 @@ def evaluate(
         description: For the progress bar.
         stop_agreed: Asked before each pair, by all processes equally often; a true answer, the same for all of them,
             stops the evaluation.
+        batch_size: Pairs that are predicted at once, where their images have one size.
+        warm_start: Let each pair of a sequence start from the flow of the one before, instead of from zero.
 
     Returns:
-        On every process the same: `num_pairs`, `protocol`, `metrics`, `zero_flow_epe` and `per_pair`; see the README.
+        On every process the same: `num_pairs`, `protocol`, `metrics`, `zero_flow_epe` and `per_pair`; see
+        docs/evaluation.md. Figures of no pixel at all are NaN.
 
     Raises:
         ValueError: A pair has no ground truth.
         EvaluationStopped: `stop_agreed` said so.
     """
-    rounds = range(0, len(dataset), accelerator.num_processes)
-    rows = []
-    for first in tqdm(rounds, desc=description, leave=False, disable=not accelerator.is_local_main_process):
+    updates = num_flow_updates or protocol.num_flow_updates
+    shares = share_out(chunk_rows(dataset, batch_size, warm_start), accelerator.num_processes)
+    share = shares[accelerator.process_index]
+    predictions = predict_rows(model, dataset, share, _decode, updates, protocol.padding, warm_start)
+    rounds = range(max(sum(map(len, share)) for share in shares))
+    pairs: list[PairSums] = []
+    for _ in tqdm(rounds, desc=description, leave=False, disable=not accelerator.is_local_main_process):
         if stop_agreed():
             raise EvaluationStopped
-        index = first + accelerator.process_index
-        if index >= len(dataset):
-            continue  # the others have one more
-        row = dataset[index]
-        if row["flow"] is None:
-            raise ValueError(f"{row['id']} has no ground truth: this split is for submissions, not for evaluation")
-        sample = to_sample(row)
         with accelerator.autocast():
-            flow_pred = predict_pair(
-                model,
-                sample.image1,
-                sample.image2,
-                num_flow_updates or protocol.num_flow_updates,
-                protocol.padding,
-            )
-        # float64 on the CPU: sums over a whole data set then do not depend on how it was cut
-        flow_gt = torch.from_numpy(sample.flow).permute(2, 0, 1)[None].double()
-        valid = torch.from_numpy(sample.valid)[None]
-        sums = error_sums(flow_pred[None].double(), flow_gt, valid)
-        zero_sums = error_sums(torch.zeros_like(flow_gt), flow_gt, valid)
-        rows.append((index, row["id"], sums[0].tolist(), zero_sums[0].tolist()))
-    rows = sorted(gather_object(rows))
+            prediction = next(predictions, None)  # none is left where the others have more
+        if prediction is not None:
+            pairs.append(_sum_up(prediction))
+    pairs = sorted(gather_object(pairs))
 
-    pair_sums = torch.tensor([sums for _, _, sums, _ in rows], dtype=torch.float64)
-    zero_sums = torch.tensor([sums for _, _, _, sums in rows], dtype=torch.float64)
+    pair_sums = torch.tensor([pair.errors for pair in pairs], dtype=torch.float64)
+    zero_sums = torch.tensor([pair.zero_flow_errors for pair in pairs], dtype=torch.float64)
+    regions = torch.tensor([pair.regions for pair in pairs], dtype=torch.float64)
     return {
-        "num_pairs": len(rows),
+        "num_pairs": len(pairs),
         "protocol": {
-            "num_flow_updates": num_flow_updates or protocol.num_flow_updates,
+            "num_flow_updates": updates,
             "padding": protocol.padding,
             "dtype": DTYPES[accelerator.mixed_precision],
+            **({"warm_start": True} if warm_start else {}),
         },
-        "metrics": summarize(pair_sums),
+        "metrics": summarize(pair_sums) | region_figures(regions.sum(0)),
         "zero_flow_epe": ratios(zero_sums.sum(0))["epe"],
         "per_pair": [
-            {"id": id_, **{name: ratios(torch.tensor(sums))[name] for name in ("epe", "fl_all")}}
-            for _, id_, sums, _ in rows
+            {"id": pair.id, **{name: ratios(sums)[name] for name in ("epe", "fl_all")}}
+            for pair, sums in zip(pairs, pair_sums, strict=True)
         ],
     }
+
+
+def _decode(row: Any) -> FlowSample:
+    if row["flow"] is None:
+        raise ValueError(f"{row['id']} has no ground truth: this split is for submissions, not for evaluation")
+    return to_sample(row)
+
+
+def _sum_up(prediction: Prediction) -> PairSums:
+    """Compare one prediction with the truth."""
+    sample, occlusion = prediction.sample, to_occlusion(prediction.row)
+    if occlusion is not None and occlusion.shape != sample.valid.shape:
+        sizes = " and ".join(f"{height} x {width}" for height, width in (occlusion.shape, sample.valid.shape))
+        raise ValueError(f"{prediction.row['id']}: its mask of occluded pixels and its images differ in size: {sizes}")
+    # float64 on the CPU: sums over a whole data set then do not depend on how it was cut
+    flow_pred = prediction.flow[None].double()
+    flow_gt = torch.from_numpy(sample.flow).permute(2, 0, 1)[None].double()
+    valid = torch.from_numpy(sample.valid)[None]
+    occluded = None if occlusion is None else torch.from_numpy(occlusion)[None]
+    return PairSums(
+        prediction.position,
+        prediction.row["id"],
+        error_sums(flow_pred, flow_gt, valid)[0].tolist(),
+        error_sums(torch.zeros_like(flow_gt), flow_gt, valid)[0].tolist(),
+        region_sums(flow_pred, flow_gt, valid, occluded)[0].tolist(),
+    )
 
 
 def evaluate_sets(

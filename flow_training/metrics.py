@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 ERROR_SUMS = ("count", "epe", "1px", "3px", "5px", "fl_all")
+REGIONS = ("s0_10", "s10_40", "s40_plus", "matched", "unmatched")
+SLOW, FAST = 10, 40  # pixels of true motion: the bounds of MPI-Sintel's s0-10, s10-40 and s40+
 
 
 def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
@@ -59,3 +61,45 @@ def summarize(pair_sums: Tensor) -> dict[str, float]:
         values = [pair[name] for pair in per_image]
         figures[f"{name}_per_image"] = sum(values) / len(values) if values else float("nan")
     return figures
+
+
+def region_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor, occluded: Tensor | None = None) -> Tensor:
+    """What each pair adds to the end-point errors of parts of the images, as MPI-Sintel's table divides them.
+
+    Args:
+        flow_pred: `(B, 2, H, W)`, pixels.
+        flow_gt: `(B, 2, H, W)`, pixels; anything where it is not valid.
+        valid: `(B, H, W)` bool.
+        occluded: `(B, H, W)` bool, True where frame 2 does not show the pixel; None: not known, then no pixel counts
+            as matched or unmatched.
+
+    Returns:
+        `(B, 5, 2)`: for each of `REGIONS` its valid pixels and the sum of their end-point errors.
+    """
+    error = torch.linalg.vector_norm(flow_pred - flow_gt, dim=1)
+    speed = torch.linalg.vector_norm(flow_gt, dim=1)
+    slow, fast = speed < SLOW, speed > FAST
+    unknown = torch.zeros_like(valid)
+    regions = [
+        slow,
+        ~slow & ~fast,
+        fast,
+        unknown if occluded is None else ~occluded,
+        unknown if occluded is None else occluded,
+    ]
+    zero = torch.zeros((), dtype=error.dtype, device=error.device)
+    sums = [
+        torch.stack([(valid & region).to(error.dtype), torch.where(valid & region, error, zero)], dim=1)
+        for region in regions
+    ]
+    return torch.stack([region.flatten(2).sum(2) for region in sums], dim=1)
+
+
+def region_figures(sums: Tensor) -> dict[str, float]:
+    """End-point errors of the regions that have any valid pixel, `epe_` before the region's name.
+
+    Args:
+        sums: `(5, 2)`, added up `region_sums`.
+    """
+    regions = zip(REGIONS, sums.tolist(), strict=True)
+    return {f"epe_{name}": total / count for name, (count, total) in regions if count}

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flow_training.metrics import ERROR_SUMS, error_sums, ratios, summarize
+from flow_training.metrics import (
+    ERROR_SUMS,
+    REGIONS,
+    error_sums,
+    ratios,
+    region_figures,
+    region_sums,
+    summarize,
+)
 
 
 def pairs(seed: int, batch: int = 3):
@@ -72,3 +80,52 @@ def test_thresholds_are_strict():
     figures = summarize(error_sums(flow_pred, flow_gt, torch.ones(1, 1, 4, dtype=torch.bool)))
     assert (figures["1px"], figures["3px"], figures["5px"]) == (0, 0.25, 0.75)
     assert figures["fl_all"] == 25  # true length 0: only the error of 5 px exceeds 3 px
+
+
+# ---- regions ----
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), scale=st.sampled_from([0.1, 0.5, 1, 2]))
+def test_regions_equal_the_definitions(seed, scale):
+    flow_pred, flow_gt, valid = (tensor * scale if tensor.is_floating_point() else tensor for tensor in pairs(seed))
+    occluded = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.2
+    errors: dict[str, list[float]] = {}
+    for b, y, x in np.argwhere(valid.numpy()):
+        speed = math.hypot(*flow_gt[b, :, y, x].tolist())
+        error = math.hypot(*(flow_pred - flow_gt)[b, :, y, x].tolist())
+        by_speed = "epe_s0_10" if speed < 10 else "epe_s10_40" if speed <= 40 else "epe_s40_plus"
+        for name in (by_speed, "epe_unmatched" if occluded[b, y, x] else "epe_matched"):
+            errors.setdefault(name, []).append(error)
+    figures = region_figures(region_sums(flow_pred, flow_gt, valid, occluded).sum(0))
+    assert figures == pytest.approx({name: np.mean(values) for name, values in errors.items()})
+
+
+def test_bounds_of_speed_belong_to_the_middle():
+    flow_gt = torch.tensor([9.999, 10.0, 40.0, 40.001])[None, None, None] * torch.tensor([0.6, 0.8]).reshape(
+        1, 2, 1, 1
+    )
+    flow_gt = flow_gt.double()
+    flow_gt[0, :, 0, 1:3] = torch.tensor([[6.0, 24.0], [8.0, 32.0]])  # exactly 10 and 40 long
+    sums = region_sums(torch.zeros_like(flow_gt), flow_gt, torch.ones(1, 1, 4, dtype=torch.bool))
+    assert dict(zip(REGIONS, sums[0, :, 0].tolist(), strict=True)) == {
+        "s0_10": 1, "s10_40": 2, "s40_plus": 1, "matched": 0, "unmatched": 0
+    }  # fmt: skip
+
+
+def test_regions_without_pixels_have_no_figure():
+    flow_pred, flow_gt, valid = pairs(4)
+    flow_gt = flow_gt / flow_gt.norm(dim=1, keepdim=True)  # all of it slow
+    assert set(region_figures(region_sums(flow_pred, flow_gt, valid).sum(0))) == {"epe_s0_10"}
+    hidden = torch.zeros_like(valid)
+    assert set(region_figures(region_sums(flow_pred, flow_gt, valid, hidden).sum(0))) == {"epe_s0_10", "epe_matched"}
+    assert region_figures(region_sums(flow_pred, flow_gt, hidden).sum(0)) == {}
+
+
+def test_unknown_flow_is_in_no_region():
+    flow_pred, flow_gt, valid = pairs(5)
+    unknown = flow_gt.masked_fill(~valid[:, None], float("nan"))
+    occluded = torch.rand(valid.shape) < 0.5
+    assert torch.equal(
+        region_sums(flow_pred, unknown, valid, occluded), region_sums(flow_pred, flow_gt, valid, occluded)
+    )

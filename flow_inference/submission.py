@@ -1,0 +1,144 @@
+"""Results on test splits, in the formats and under the names that the benchmarks' servers take.
+
+Sources: for Sintel princeton-vl/RAFT (evaluate.py); for KITTI the readme of each development kit (2015: "flow" in the
+archive's root, 2012: the root itself); for Spring the source of the authors' `flow_subsampling`, which makes the file
+to upload from a folder in the data set's own layout, flow at the size of the frames.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from flow_data.flow_io import write_flow
+from flow_data.images import read_rgb
+from flow_data.pairing import first_few
+from flow_data.sources import SOURCES
+
+KITTI_LIMITS = (-512.0, 512.0 - 1 / 64)  # what its PNG can hold
+
+
+class Submission(NamedTuple):
+    """What a server takes.
+
+    Args:
+        split: without public ground truth.
+        path: id of a pair -> where its flow belongs, below the submission's folder; the suffix is the format.
+        limits: lowest and highest component of flow, pixels.
+    """
+
+    split: str
+    path: Callable[[str], str]
+    limits: tuple[float, float] = (-np.inf, np.inf)
+
+
+class FramePair(NamedTuple):
+    """Two frames `(H, W, 3)` uint8, RGB."""
+
+    image1: np.ndarray
+    image2: np.ndarray
+
+
+def _sintel_path(id: str, render_pass: str) -> str:
+    scene, frame = id.split("/")
+    return f"{render_pass}/{scene}/frame{int(frame.removeprefix('frame_')):04d}.flo"
+
+
+def _spring_path(id: str) -> str:
+    scene, view, number = id.split("/")
+    return f"{scene}/flow_{view}/flow_{view}_{number}.flo5"
+
+
+SUBMISSIONS = {
+    "sintel_clean": Submission("test", partial(_sintel_path, render_pass="clean")),
+    "sintel_final": Submission("test", partial(_sintel_path, render_pass="final")),
+    "kitti_2012": Submission("testing", "{}_10.png".format, KITTI_LIMITS),
+    "kitti_2015": Submission("testing", "flow/{}_10.png".format, KITTI_LIMITS),
+    "spring": Submission("test", _spring_path),
+}
+
+
+def check_submission(source: str) -> None:
+    """Raise ValueError, with the right names, where there is no server for a source."""
+    if source not in SUBMISSIONS:
+        raise ValueError(f"--submission: {source} has no test split for a server; there are {', '.join(SUBMISSIONS)}")
+
+
+def prepare_folders(paths: Iterable[Path]) -> None:
+    """Make the folders of files to come, and make sure that they can be written.
+
+    Raises:
+        OSError: They cannot; better known before days of prediction than after.
+    """
+    for folder in sorted({path.parent for path in paths}):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise OSError(f"--submission: cannot write into {folder}: {error}") from error
+
+
+def read_frames(row: Mapping[str, Any]) -> FramePair:
+    """Decode a row of a source without looking at its flow.
+
+    Raises:
+        ValueError, OSError: A frame cannot be read, or the two differ in size; the row's id is named.
+    """
+    frames = FramePair(*(read_rgb(row[key], f"{row['id']}: {key}") for key in ("image1", "image2")))
+    if frames.image1.shape != frames.image2.shape:
+        sizes = " and ".join(f"{frame.shape[0]} x {frame.shape[1]}" for frame in frames)
+        raise ValueError(f"{row['id']}: expected frames of one size (h x w), received {sizes}")
+    return frames
+
+
+def write_result(path: Path, flow: Tensor, submission: Submission) -> None:
+    """Write one file of a submission; one of that name is replaced.
+
+    Flow beyond KITTI's range is clipped: written as it is, `write_flow` would mark it as unknown, and the server would
+    fill in its neighbours' flow (interpolateBackground of the development kit) in the place of a nearly right one.
+
+    Args:
+        path: its folder exists.
+        flow: `(2, H, W)`, pixels.
+        submission: that it is part of.
+
+    Raises:
+        ValueError: Flow is not finite: no server takes that.
+        OSError: The file cannot be written.
+    """
+    if not flow.isfinite().all():
+        raise ValueError(f"{path}: the predicted flow is not finite; try without mixed precision")
+    write_flow(path, flow.clamp(*submission.limits).permute(1, 2, 0).numpy())
+
+
+def find_missing(source: str, split: str, folder: Path, ids: list[str]) -> list[str]:
+    """What a submission lacks, in sentences; nothing where it is complete.
+
+    Args:
+        source: a key of `SUBMISSIONS`.
+        split: that was predicted.
+        folder: of the submission.
+        ids: of the pairs that were predicted.
+    """
+    submission, faults = SUBMISSIONS[source], []
+    absent = [path for path in map(submission.path, ids) if not (folder / path).is_file()]
+    if absent:  # processes on machines that do not share the folder, say
+        faults.append(f"{len(absent)} files are not in {folder}: {first_few(absent)}")
+    if split != submission.split:
+        return [*faults, f"these are results of split {split}; the server wants those of {submission.split}"]
+    complete = SOURCES[source].complete[split]
+    if len(ids) != complete:
+        which = ""
+        if source.startswith("kitti"):
+            which = f"; missing are {first_few(sorted({f'{number:06d}' for number in range(complete)} - {*ids}))}"
+        faults.append(f"{len(ids)} pairs of the {complete} in the data set, and the server wants all{which}")
+    if source.startswith("sintel"):
+        other = {"sintel_clean": "sintel_final", "sintel_final": "sintel_clean"}[source]
+        absent = [path for path in map(SUBMISSIONS[other].path, ids) if not (folder / path).is_file()]
+        if absent:
+            faults.append(f"{len(absent)} files of the other pass, which the server wants, too: run {other}")
+    return faults
