@@ -1,29 +1,127 @@
-"""Flow as pictures: direction is the hue, length the saturation (Baker et al. 2011, the Middlebury colours)."""
+"""Flow as pictures: direction is the hue, length the saturation (Baker et al. 2011, the Middlebury colours).
 
+Pictures are `(h, w, 3)` uint8, RGB, on white. Text is drawn by OpenCV, whose letters are ASCII.
+"""
+
+import math
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
+import torch
 from torch import Tensor
 from torchvision.utils import flow_to_image
 
 GAP = 4  # white pixels between the parts of a picture
+WHEEL_SIZE = 64  # pixels; of a legend whose text is 9 pixels high
+SUPERSAMPLING = 4  # the wheel's rim is smooth
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+FONT_SIZE = 0.4
 
 
-def draw_flow(flow: Tensor) -> np.ndarray:
-    """Colours of one or several flows, on one scale: the longest vector of them all is fully saturated.
+def draw_flow(flow: Tensor, max_length: float | None = None) -> np.ndarray:
+    """Colours of one or several flows, on one scale.
 
     Args:
-        flow: `(2, H, W)` or `(B, 2, H, W)`, pixels, finite.
+        flow: `(2, H, W)` or `(B, 2, H, W)`, pixels, on any device. What is not finite is white, as unknown flow is.
+        max_length: pixels; vectors of this length, and longer ones, are fully saturated. Give the pictures of a video
+            the same, or their colours cannot be compared. None: the longest finite vector of them all.
 
     Returns:
         `(H, W, 3)` or `(B, H, W, 3)` uint8, RGB.
+
+    Raises:
+        ValueError: `max_length` is not a positive number.
     """
-    return flow_to_image(flow.float()).movedim(-3, -1).contiguous().numpy()
+    flow = flow.detach().float().movedim(-3, 0)
+    length = torch.linalg.vector_norm(flow, dim=0)
+    finite = length.isfinite()
+    if max_length is None:
+        max_length = _longest(length)
+    _check_length(max_length)
+    vectors = torch.where(finite, flow / length.clamp(min=max_length), 0)  # 0 is white
+    # flow_to_image scales by the longest vector that it is given: so it is given one of length 1 beside the others
+    one = vectors.new_tensor([[1], [0]])
+    pixels = torch.cat([vectors.flatten(1), one], dim=1)
+    colors = flow_to_image(pixels[:, None])[:, 0, :-1].reshape(3, *finite.shape)
+    return colors.movedim(0, -1).cpu().contiguous().numpy()
+
+
+def longest_vector(flow: Tensor) -> float:
+    """Pixels of the longest finite vector of `(..., 2, H, W)`; 1 where nothing moves, as any scale fits then."""
+    return _longest(torch.linalg.vector_norm(flow.detach().float(), dim=-3))
 
 
 def hide_unknown(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """A picture of flow with white where the flow is unknown; `(H, W, 3)` uint8 and `(H, W)` bool."""
     return np.where(valid[..., None], picture, 255).astype(np.uint8)
+
+
+def draw_wheel(size: int) -> np.ndarray:
+    """The colours of all directions: where a vector from the centre ends, there is its colour.
+
+    Args:
+        size: of the picture in pixels. Full saturation is at the rim.
+
+    Returns:
+        `(size, size, 3)` uint8; white outside of the wheel.
+    """
+    steps = (torch.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) * 2 - 1
+    y, x = torch.meshgrid(steps, steps, indexing="ij")
+    inside = (x.square() + y.square() <= 1).numpy()
+    wheel = hide_unknown(draw_flow(torch.stack([x, y]), max_length=1), inside)
+    return cv2.resize(wheel, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def draw_legend(max_length: float, scale: float = 1) -> np.ndarray:
+    """The colour wheel with right, down, and the length at its rim.
+
+    Args:
+        max_length: pixels, as given to `draw_flow`.
+        scale: 1 has a wheel of 64 pixels, and text of 9.
+
+    Returns:
+        `(h, w, 3)` uint8.
+
+    Raises:
+        ValueError: `max_length` is not a positive number.
+    """
+    _check_length(max_length)
+    wheel = draw_wheel(round(WHEEL_SIZE * scale))
+    size = len(wheel)
+    middle, end = size // 2, round(size * 0.9)
+    for tip in ((end, middle), (middle, end)):
+        cv2.arrowedLine(wheel, (middle, middle), tip, (0, 0, 0), max(round(scale), 1), cv2.LINE_AA, tipLength=0.3)
+    rim = draw_text(f"{pixel_text(max_length)} px at the rim", scale)
+    right, down = draw_text("right", scale), draw_text("down", scale)
+    legend = np.full((size + len(down), size + GAP + rim.shape[1], 3), 255, np.uint8)
+    _paste(legend, wheel, 0, 0)
+    _paste(legend, rim, 0, size + GAP)
+    _paste(legend, right, middle - len(right) // 2, size + GAP)
+    _paste(legend, down, size, max(middle - down.shape[1] // 2, 0))
+    return legend
+
+
+def draw_text(text: str, scale: float = 1) -> np.ndarray:
+    """Black letters on white, `(h, w, 3)` uint8; as wide as they need, and of one height whatever the letters."""
+    stroke = max(round(scale), 1)
+    width = cv2.getTextSize(text, FONT, FONT_SIZE * scale, stroke)[0][0]
+    (_, ascent), descent = cv2.getTextSize("Ag", FONT, FONT_SIZE * scale, stroke)
+    margin = stroke + 2  # for what the smooth outline adds
+    picture = np.full((ascent + descent + 2 * margin, width + 2 * margin, 3), 255, np.uint8)
+    origin = (margin, margin + ascent)
+    return cv2.putText(picture, text, origin, FONT, FONT_SIZE * scale, (0, 0, 0), stroke, cv2.LINE_AA)
+
+
+def pixel_text(value: float) -> str:
+    """A length in pixels with the digits that matter: 0.05, 1.5, 12.3, 123."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def pad_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """White below and on the right of a picture, up to a size."""
+    missing = (max(height - picture.shape[0], 0), max(width - picture.shape[1], 0))
+    return np.pad(picture, ((0, missing[0]), (0, missing[1]), (0, 0)), constant_values=255)
 
 
 def join_row(pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -34,10 +132,20 @@ def join_row(pictures: Sequence[np.ndarray]) -> np.ndarray:
 def stack_rows(pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Pictures below each other; narrower ones are padded with white on the right."""
     width = max(picture.shape[1] for picture in pictures)
-    rows = [
-        np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255) for picture in pictures
-    ]
-    return _join(rows, axis=0)
+    return _join([pad_picture(picture, 0, width) for picture in pictures], axis=0)
+
+
+def _longest(length: Tensor) -> float:
+    return torch.where(length.isfinite(), length, 0).max().item() or 1.0
+
+
+def _check_length(max_length: float) -> None:
+    if not (math.isfinite(max_length) and max_length > 0):
+        raise ValueError(f"max_length must be a positive number of pixels; got {max_length}")
+
+
+def _paste(canvas: np.ndarray, picture: np.ndarray, top: int, left: int) -> None:
+    canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
 
 
 def _join(pictures: Sequence[np.ndarray], axis: int) -> np.ndarray:

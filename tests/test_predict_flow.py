@@ -9,8 +9,7 @@ from test_modeling_raft import tiny_config
 
 import predict_flow
 from flow_data.flow_io import read_flow
-from flow_data.pictures import draw_flow, stack_rows
-from flow_inference.pictures import draw_comparison
+from flow_data.pictures import draw_flow
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
 
@@ -77,25 +76,3 @@ def test_mistakes_are_named(job, change, message, capsys):
         predict_flow.main(words)
     assert message in capsys.readouterr().err + str(error.value)
     assert not (folder / "out.flo").exists()
-
-
-def test_directions_have_their_colours():
-    """Right is red, left is its complement; standing still is white."""
-    right, left, still = (draw_flow(torch.tensor([[[u, 9.0]], [[0.0, 0.0]]]))[0, 0] for u in (9.0, -9.0, 0.0))
-    assert right[0] > 200 and right[1:].max() < 100
-    assert left[0] < 100 and left[1:].min() > 100
-    assert still.min() > 250
-
-
-def test_comparison_has_one_scale_and_leaves_out_the_unknown():
-    image = np.zeros((8, 8, 3), np.uint8)
-    truth = np.full((8, 8, 2), 4.0, np.float32)
-    valid = np.ones((8, 8), bool)
-    valid[0] = False
-    same = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 4.0))
-    true_part, predicted, error = same[:, 12:20], same[:, 24:32], same[:, 36:44]
-    assert (true_part[0] == 255).all() and np.array_equal(true_part[1:], predicted[1:]) and (error == 0).all()
-    half = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 2.0))
-    assert not np.array_equal(half[1:, 12:20], half[1:, 24:32])  # half as long is half as saturated
-    assert (half[1:, 36:44] == int(255 * 2 * 2**0.5 / 3)).all()
-    assert stack_rows([same, same[:, :10]]).shape == (20, 44, 3)
