@@ -1,77 +1,210 @@
-"""Flow from one image to the next.
+"""Flow of two images, of a folder of frames, or of a video.
 
     python predict_flow.py --model DIR_OR_REPO frame1.png frame2.png --output flow.flo
+    python predict_flow.py --model DIR_OR_REPO frames/ --output flow/ --format kitti --backward --occlusion
+    python predict_flow.py --model DIR_OR_REPO --video in.mp4 --output flow.mp4
 
-Flow says for every pixel of frame 1 how far it moves until frame 2: x to the right, then y down, in pixels.
+Flow says for every pixel of frame 1 how far it moves until frame 2: x to the right, then y down, in pixels of the
+frames. Backward flow says it for every pixel of frame 2, until frame 1. An occlusion mask is white where frame 2 does
+not show the pixel of frame 1. Colour pictures: the hue is the direction, the saturation the length.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from tqdm.auto import tqdm
 
-from flow_data.flow_io import FLOW_SUFFIXES, write_flow
-from flow_data.images import read_rgb
-from flow_data.pictures import draw_flow
-from flow_inference.prediction import predict_pair
+from flow_data.flow_io import FLOW_SUFFIXES
+from flow_inference.frame_sources import list_frames
+from flow_inference.held_frames import TOLERANCE
+from flow_inference.outputs import SUFFIXES, FlowFiles, FlowFilms
+from flow_inference.video import COLD_UPDATES, WARM_UPDATES, FlowVideo, VideoFlow
+from flow_inference.video_files import WRITTEN_FORMATS, VideoReader
 from modeling_raft.convert_raft_checkpoint import load_raft
+
+PAIR_UPDATES = 20  # of two images, which have no neighbours to learn from
+FOLDER_RATE = 24  # frames a second of a film made of a folder
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    seen = Summary()
     try:
-        frames = [read_frame(path) for path in args.frames]
-        if frames[0].shape != frames[1].shape:
-            sizes = " and ".join(f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames)
-            raise ValueError(f"both frames must have one size; {args.frames[0]} and {args.frames[1]} have {sizes}")
+        source = find_frames(args)
+        output = open_output(args, source)
         model = load_raft(args.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        flow = predict_pair(model, *frames, args.num_flow_updates)
-        write(args.output, flow, args.format)
+        video = FlowVideo(
+            model,
+            source.frames,
+            num_flow_updates=args.num_flow_updates,
+            warm_num_flow_updates=args.warm_num_flow_updates,
+            warm_start=not (source.is_pair or args.no_warm_start),
+            backward=args.backward or args.occlusion,
+            max_side=args.max_side,
+            held_tolerance=0 if source.is_pair else TOLERANCE,  # who asks for the flow of two images wants it
+            mixed_precision=args.mixed_precision,
+        )
+        with output, tqdm(total=source.num_pairs, unit="pair", disable=source.is_pair) as bar:
+            for pair in video:
+                output.write(pair)
+                seen.add(pair)
+                bar.update()
+        if seen.pairs == 0:
+            raise ValueError(f"{args.video or args.frames[0]}: flow takes two frames, and there is one")
     except (ValueError, OSError) as error:
-        sys.exit(f"predict_flow.py: error: {error}")
-    length = torch.linalg.vector_norm(flow, dim=0)
-    print(f"{args.output}: mean length {length.mean():.2f} px, longest {length.max():.2f} px")
+        sys.exit(f"predict_flow.py: error: {error}{seen.kept_in(args.output)}")
+    except KeyboardInterrupt:
+        sys.exit(f"predict_flow.py: stopped{seen.kept_in(args.output)}")
+    print(f"{args.output}: {seen}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("frames", type=Path, nargs=2, metavar="FRAME", help="two images of one size")
-    parser.add_argument("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help=f"file to write: {', '.join(FLOW_SUFFIXES)}; .png is a colour picture",
-    )
-    parser.add_argument(
-        "--format", choices=["colour", "kitti"], default="colour", help="what a .png holds: a picture, or 16-bit flow"
-    )
-    parser.add_argument("--num_flow_updates", type=int, default=20, help="more are slower and mostly better")
+    add = parser.add_argument
+    flow_files, films = ", ".join(FLOW_SUFFIXES), ", ".join(WRITTEN_FORMATS)
+    add("frames", type=Path, nargs="*", metavar="FRAMES", help="two images of one size, or a folder of them")
+    add("--video", type=Path, metavar="IN", help="a video file, in the place of FRAMES")
+    add("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
+    add("--output", type=Path, required=True, help=f"of two images: a file ({flow_files}; .png is a colour picture); "
+        f"of a folder or a video: a folder for a file of each pair, or a video of colours ({films})")  # fmt: skip
+    add("--format", choices=list(SUFFIXES), help="of the files in a folder (default: flo); of a .png: colour (the "
+        "default) or kitti, 16-bit flow")  # fmt: skip
+    add("--backward", action="store_true", help="write flow from frame 2 to frame 1, too, as *_backward")
+    add("--occlusion", action="store_true", help="write masks, too, as *_occlusion; white is occluded")
+    add("--num_flow_updates", type=int, help="more are slower and mostly better; default: "
+        f"{PAIR_UPDATES} for two images, {COLD_UPDATES} in a video")  # fmt: skip
+    add("--warm_num_flow_updates", type=int, default=WARM_UPDATES, help="of the pairs of a video that start from the "
+        "flow of the pair before; default: %(default)s")  # fmt: skip
+    add("--no_warm_start", action="store_true", help="estimate each pair of a video on its own")
+    add("--max_side", type=int, metavar="PX", help="estimate on frames reduced to this longer side; the flow is that "
+        "of the frames as they are")  # fmt: skip
+    add("--mixed_precision", choices=["no", "bf16", "fp16"], help="default: bf16 in a video with warm start where the "
+        "hardware is quick at it, else no")  # fmt: skip
+    add("--frame_rate", type=float, help=f"of a video of colours; default: the video's own, {FOLDER_RATE} of a folder")
+    add("--colour_scale", type=float, metavar="PX", help="length that is fully saturated; default: the longest of "
+        "each picture; in a video of colours it follows the flow")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.output.suffix not in FLOW_SUFFIXES:
-        parser.error(f"--output must end in one of {', '.join(FLOW_SUFFIXES)}; got {args.output}")
-    if args.format == "kitti" and args.output.suffix != ".png":
-        parser.error(f"--format kitti writes a .png; got {args.output}")
-    if args.num_flow_updates < 1:
-        parser.error(f"--num_flow_updates must be at least 1; got {args.num_flow_updates}")
+    if args.video is not None and args.frames:
+        parser.error("give either FRAMES or --video, not both")
+    if args.video is None and len(args.frames) not in (1, 2):
+        parser.error(f"expected two images, a folder, or --video; got {len(args.frames)} paths")
+    if args.num_flow_updates is None:
+        args.num_flow_updates = PAIR_UPDATES if len(args.frames) == 2 else COLD_UPDATES
+    for name in ("num_flow_updates", "warm_num_flow_updates"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    for name in ("frame_rate", "colour_scale"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name} must be positive and finite; got {value}")
     return args
 
 
-def read_frame(path: Path) -> np.ndarray:
-    """`(H, W, 3)` uint8, RGB."""
-    return read_rgb({"bytes": None, "path": str(path)}, "image")
+@dataclass
+class Source:
+    """Frames, and what they are called.
+
+    Args:
+        frames: What `FlowVideo` takes.
+        names: Of the first frame of each pair; None: they are numbered.
+        num_pairs: None: not known before the end.
+        frame_rate: Frames a second.
+        is_pair: Just two images.
+    """
+
+    frames: Iterable[Any]
+    names: list[str] | None
+    num_pairs: int | None
+    frame_rate: Fraction | float
+    is_pair: bool = False
 
 
-def write(path: Path, flow: torch.Tensor, png_format: str) -> None:
-    """Write flow `(2, H, W)` as the suffix says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png" and png_format == "colour":
-        Image.fromarray(draw_flow(flow)).save(path)
-    else:
-        write_flow(path, flow.permute(1, 2, 0).contiguous().numpy())
+def find_frames(args: argparse.Namespace) -> Source:
+    """The frames that the arguments name."""
+    if args.video is not None and not args.video.is_dir():
+        reader = VideoReader(args.video)
+        num_pairs = None if reader.num_frames is None else reader.num_frames - 1
+        return Source(reader, None, num_pairs, args.frame_rate or reader.frame_rate)
+    if len(args.frames) == 2:
+        return Source(args.frames, None, 1, FOLDER_RATE, is_pair=True)
+    folder = args.video or args.frames[0]
+    paths = list_frames(folder)
+    names = [path.stem for path in paths]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"{folder}: pictures of one name, whose flows would be, too: {', '.join(sorted(doubled)[:3])}"
+        )
+    return Source(paths, names, len(paths) - 1, args.frame_rate or FOLDER_RATE)
+
+
+def open_output(args: argparse.Namespace, source: Source) -> FlowFiles | FlowFilms:
+    """Where the arguments want flow to be written.
+
+    Raises:
+        ValueError: What `--output` and `--format` say does not fit together, or the frames.
+    """
+    suffix, further = args.output.suffix.lower(), (args.backward, args.occlusion, args.colour_scale)
+    if source.is_pair:
+        if suffix not in FLOW_SUFFIXES:
+            raise ValueError(f"--output must end in one of {', '.join(FLOW_SUFFIXES)}; got {args.output}")
+        format = args.format or ("colour" if suffix == ".png" else suffix[1:])
+        if SUFFIXES[format] != suffix:
+            raise ValueError(f"--format {format} writes a {SUFFIXES[format]}; got {args.output}")
+        return FlowFiles(lambda index: args.output, format, *further)
+    if suffix in WRITTEN_FORMATS:
+        if args.format not in (None, "colour"):
+            raise ValueError(f"--format {args.format} needs a folder for --output; a video is of colours")
+        return FlowFilms(args.output, source.frame_rate, *further)
+    if suffix and not args.output.is_dir():
+        raise ValueError(
+            f"--output must be a folder, or a video ending in one of {', '.join(WRITTEN_FORMATS)}; got {args.output}"
+        )
+    format = args.format or "flo"
+
+    def path_of(index: int) -> Path:
+        name = f"frame_{index + 1:06d}" if source.names is None else source.names[index]
+        return args.output / f"{name}{SUFFIXES[format]}"
+
+    return FlowFiles(path_of, format, *further)
+
+
+@dataclass
+class Summary:
+    """What was seen of the flow, in a few words."""
+
+    pairs: int = 0
+    held: int = 0
+    cuts: list[int] = field(default_factory=list)
+    length: float = 0.0  # sum of the pairs' means, pixels
+    longest: float = 0.0  # pixels
+
+    def add(self, pair: VideoFlow) -> None:
+        lengths = torch.linalg.vector_norm(pair.flow, dim=0)
+        self.pairs += 1
+        self.held += pair.held
+        self.length += float(lengths.mean())
+        self.longest = max(self.longest, float(lengths.max()))
+        if pair.cut:
+            self.cuts.append(pair.index + 1)
+
+    def kept_in(self, output: Path) -> str:
+        return f" (the flow of the {self.pairs} pairs before is in {output})" if self.pairs else ""
+
+    def __str__(self) -> str:
+        pairs = "1 pair" if self.pairs == 1 else f"{self.pairs} pairs"
+        lines = [f"{pairs}, mean length {self.length / self.pairs:.2f} px, longest {self.longest:.2f} px"]
+        if self.held:
+            lines.append(f"held frames, which repeat the one before and have zero flow: {self.held}")
+        if self.cuts:
+            numbers = ", ".join(map(str, self.cuts[:10])) + (", ..." if len(self.cuts) > 10 else "")
+            lines.append(f"scenes end with frame {numbers}; the flow from there to the next frame means nothing")
+        return "\n".join(lines)
 
 
 if __name__ == "__main__":

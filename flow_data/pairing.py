@@ -125,7 +125,7 @@ def to_dataset(
     Raises:
         FileNotFoundError: no pair is complete.
     """
-    pairs = sorted(pairs, key=lambda pair: _natural(pair.id))
+    pairs = sorted(pairs, key=lambda pair: natural_order(pair.id))
     complete = []
     spoilt: dict[str, list[str]] = {
         "pairs for a missing frame": [],
@@ -161,6 +161,6 @@ def first_few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _natural(id: str) -> list[str | int]:
+def natural_order(name: str) -> list[str | int]:
     """Sort key under which frame_2 comes before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", id)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]

@@ -1,0 +1,133 @@
+"""What is written of a pair's flow: files of one pair each, or videos of all of them."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flow_data.flow_io import write_flow
+from flow_data.masks import encode_mask
+from flow_data.pictures import draw_flow
+from flow_inference.video import VideoFlow
+from flow_inference.video_files import VideoWriter
+
+SUFFIXES = {  # what a pair's file can be -> its suffix
+    "flo": ".flo",
+    "npy": ".npy",
+    "npz": ".npz",
+    "pfm": ".pfm",
+    "flo5": ".flo5",
+    "kitti": ".png",
+    "colour": ".png",
+}
+BRIGHTEST = 0.99  # share of a film's pixels that are not yet fully saturated: a few wild ones must not pale the rest
+FADE = 0.95  # of a film's scale from one picture to the next, so that colours do not flicker
+
+
+class FlowFiles:
+    """A file of flow for each pair, and beside it `*_backward` and `*_occlusion.png` if asked for.
+
+    Args:
+        path_of: Index of a pair -> its file, whose folder is made.
+        format: A key of SUFFIXES.
+        backward, occlusion: Write these, too.
+        colour_scale: Pixels, the length that is fully saturated in colour pictures; None: each picture's longest.
+    """
+
+    def __init__(
+        self,
+        path_of: Callable[[int], Path],
+        format: str,
+        backward: bool = False,
+        occlusion: bool = False,
+        colour_scale: float | None = None,
+    ):
+        self.path_of, self.format = path_of, format
+        self.backward, self.occlusion = backward, occlusion
+        self.colour_scale = colour_scale
+
+    def write(self, pair: VideoFlow) -> None:
+        """Write the files of a pair, each whole or not at all."""
+        path = self.path_of(pair.index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write_flow(path, pair.flow)
+        if self.backward and pair.backward_flow is not None:
+            self._write_flow(_beside(path, "backward"), pair.backward_flow)
+        if self.occlusion and pair.occluded is not None:
+            _beside(path, "occlusion").with_suffix(".png").write_bytes(encode_mask(pair.occluded.cpu().numpy()))
+
+    def _write_flow(self, path: Path, flow: Tensor) -> None:
+        if self.format == "colour":
+            Image.fromarray(draw_flow(flow.cpu(), self.colour_scale)).save(path)
+        else:
+            write_flow(path, flow.permute(1, 2, 0).cpu().contiguous().numpy())
+
+    def __enter__(self) -> "FlowFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class FlowFilms:
+    """A video of the flow in colours, and beside it `*_backward` and `*_occlusion` if asked for.
+
+    Args:
+        path: Of the video.
+        frame_rate: Frames a second.
+        backward, occlusion: Write these, too.
+        colour_scale: Pixels, the length that is fully saturated; None: it follows the flow, slowly, within a scene.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        frame_rate: Fraction | float,
+        backward: bool = False,
+        occlusion: bool = False,
+        colour_scale: float | None = None,
+    ):
+        self.fixed_scale, self.scale = colour_scale, 0.0
+        self._files = ExitStack()
+        with self._files:  # closes those that are open where another cannot be opened
+            self.flow = self._open(path, frame_rate)
+            self.backward = self._open(_beside(path, "backward"), frame_rate) if backward else None
+            self.occlusion = self._open(_beside(path, "occlusion"), frame_rate) if occlusion else None
+            self._files = self._files.pop_all()
+
+    def _open(self, path: Path, frame_rate: Fraction | float) -> VideoWriter:
+        return self._files.enter_context(VideoWriter(path, frame_rate))
+
+    def write(self, pair: VideoFlow) -> None:
+        """Add a pair's picture to each video."""
+        self.scale = self.fixed_scale or self._follow(pair)
+        self.flow.write(draw_flow(pair.flow.cpu(), self.scale))
+        if self.backward is not None and pair.backward_flow is not None:
+            self.backward.write(draw_flow(pair.backward_flow.cpu(), self.scale))
+        if self.occlusion is not None and pair.occluded is not None:
+            mask = pair.occluded.cpu().numpy()
+            self.occlusion.write(np.where(mask[..., None], 255, 0).repeat(3, 2).astype(np.uint8))
+
+    def _follow(self, pair: VideoFlow) -> float:
+        lengths = torch.linalg.vector_norm(pair.flow[:, ::4, ::4], dim=0).flatten()
+        length = float(lengths.quantile(BRIGHTEST))
+        return max(length, 0.0 if pair.cut else FADE * self.scale, 1.0)  # at least a pixel: noise is no motion
+
+    def __enter__(self) -> "FlowFilms":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._files.__exit__(kind, error, traceback)
+
+
+def _beside(path: Path, what: str) -> Path:
+    """`flow.flo` -> `flow_backward.flo`."""
+    return path.with_name(f"{path.stem}_{what}{path.suffix}")

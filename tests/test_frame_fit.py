@@ -1,0 +1,63 @@
+"""Frames of any size, and their flow."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flow_inference.frame_fit import FrameFit
+from modeling_raft import RaftImageProcessor
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.one_of(st.none(), st.integers(128, 2000)))
+def test_every_size_fits(height, width, max_side):
+    fit = FrameFit(height, width, max_side)
+    left, right, top, bottom = fit.padding
+    padded = fit.resized[0] + top + bottom, fit.resized[1] + left + right
+    assert min(fit.resized) >= 128 and not any(side % 8 for side in padded)
+    assert max(left + right, top + bottom) < 8
+    if max_side is not None:
+        assert max(fit.resized) <= max(max_side, 128)
+    assert max(fit.resized) <= max(height, width, 1024)
+    if min(height, width) >= 128 and max(height, width) <= (max_side or 10**9):
+        assert fit.resized == (height, width)
+    if max(height, width, *padded) < 600:
+        assert fit.restore(torch.zeros(1, 2, *padded)).shape == (1, 2, height, width)
+
+
+def test_pixels_are_those_of_the_processor():
+    frame = np.random.default_rng(0).integers(0, 256, (133, 150, 3), dtype=np.uint8)
+    fit = FrameFit(133, 150)
+    expected = RaftImageProcessor()([frame, frame], return_tensors="pt").pixel_values[:, 0]
+    torch.testing.assert_close(fit.prepare(frame, torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize(("size", "max_side"), [((100, 400), None), ((600, 900), 300), ((20, 2000), None)])
+def test_flow_is_in_pixels_of_the_frames(size, max_side):
+    """Flow that stretches the resized frame by a tenth stretches the frame by a tenth."""
+    fit = FrameFit(*size, max_side)
+    left, right, top, bottom = fit.padding
+    height, width = fit.resized
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    flow = torch.nn.functional.pad(0.1 * torch.stack([x, y])[None], (left, right, top, bottom), mode="replicate")
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    difference = (fit.restore(flow) - 0.1 * torch.stack([x, y]))[0].abs()
+    assert difference[:, 2:-2, 2:-2].max() < 0.02 and difference.max() < 0.2
+
+
+def test_narrow_frames_keep_their_shape_as_far_as_it_goes():
+    assert FrameFit(64, 200).resized == (128, 400)
+    assert FrameFit(10, 100).resized == (128, 1024)
+    assert FrameFit(10, 3000).resized == (128, 3000)
+    assert FrameFit(200, 64, max_side=256).resized == (256, 128)
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="at least 128; got 100"):
+        FrameFit(300, 300, max_side=100)
+    with pytest.raises(ValueError, match="0 x 5"):
+        FrameFit(0, 5)
+    with pytest.raises(ValueError, match=r"uint8 \(130, 140, 3\), as the first; got float32 \(130, 140, 3\)"):
+        FrameFit(130, 140).prepare(np.zeros((130, 140, 3), np.float32), torch.device("cpu"))

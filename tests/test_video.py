@@ -1,0 +1,269 @@
+"""FlowVideo: the flow of pairs, sooner."""
+
+import weakref
+
+import cv2
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from moving_shapes import moving_shapes
+from test_modeling_raft import tiny_config
+
+import flow_inference.precision
+from flow_inference import FlowVideo, predict_pair
+from flow_inference.held_frames import is_held
+from flow_inference.precision import autocast
+from flow_inference.video_files import VideoReader, VideoWriter
+from modeling_raft import RaftForOpticalFlow
+from modeling_raft.convert_raft_checkpoint import load_raft
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = RaftForOpticalFlow(tiny_config()).eval()
+    model.update_block.flow_head[2].weight.data *= 30  # flow of several pixels, everywhere another
+    return model
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return moving_shapes(5, 136, 150, [(2, 1), (-4, 2)])
+
+
+@pytest.fixture
+def calls(model, monkeypatch):
+    """Images that went through each encoder, and what each estimate was started with."""
+    seen = {"features": 0, "context": 0, "starts": [], "updates": []}
+    features, context, estimate = model.encode_features, model.encode_context, model.estimate
+
+    def count_features(images):
+        seen["features"] += len(images)
+        return features(images)
+
+    def count_context(images):
+        seen["context"] += len(images)
+        return context(images)
+
+    def watch_estimate(*args):
+        seen["updates"].append(args[4])
+        seen["starts"].append(args[5])
+        return estimate(*args)
+
+    for name, function in (
+        ("encode_features", count_features),
+        ("encode_context", count_context),
+        ("estimate", watch_estimate),
+    ):
+        monkeypatch.setattr(model, name, function)
+    return seen
+
+
+def test_without_warm_start_it_is_pair_by_pair(model, shapes):
+    pairs = list(FlowVideo(model, shapes.frames, num_flow_updates=3, warm_start=False, backward=True))
+    assert [pair.index for pair in pairs] == [0, 1, 2, 3]
+    for pair in pairs:
+        frame1, frame2 = shapes.frames[pair.index : pair.index + 2]
+        assert np.array_equal(pair.frame1, frame1) and np.array_equal(pair.frame2, frame2)
+        assert (pair.num_flow_updates, pair.warm, pair.held) == (3, False, False)
+        torch.testing.assert_close(pair.flow, predict_pair(model, frame1, frame2, 3), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(pair.backward_flow, predict_pair(model, frame2, frame1, 3), atol=1e-3, rtol=1e-4)
+        assert pair.occluded.shape == pair.consistency_error.shape == (136, 150)
+
+
+def test_each_frame_is_encoded_once(model, shapes, calls):
+    frames = (frame for frame in shapes.frames)
+    assert len(list(FlowVideo(model, frames, backward=True, num_flow_updates=2, warm_num_flow_updates=1))) == 4
+    assert calls["features"] == calls["context"] == 5
+
+
+def test_the_last_frame_needs_no_context(model, shapes, calls):
+    list(FlowVideo(model, shapes.frames, num_flow_updates=1, warm_start=False))
+    assert (calls["features"], calls["context"]) == (5, 4)
+
+
+def test_memory_does_not_grow(model, shapes, monkeypatch):
+    features = []  # weak references to those of every frame
+    encode = model.encode_features
+    monkeypatch.setattr(model, "encode_features", lambda images: remembered(encode(images), features))
+    frames = (frame for _ in range(4) for frame in shapes.frames)
+    alive = [
+        sum(reference() is not None for reference in features)
+        for _ in FlowVideo(model, frames, num_flow_updates=1, warm_num_flow_updates=1)
+    ]
+    assert len(alive) == 19 and len(features) == 20 and max(alive) <= 2
+
+
+def remembered(tensor: torch.Tensor, references: list) -> torch.Tensor:
+    references.append(weakref.ref(tensor))
+    return tensor
+
+
+def test_a_pair_starts_from_where_the_flow_has_moved(model, shapes, calls, monkeypatch):
+    """The start is the flow of the pair before, carried along itself, shortened; held against a plain form of both."""
+    video = FlowVideo(model, shapes.frames[:3], num_flow_updates=3, warm_num_flow_updates=2, mixed_precision="no")
+    monkeypatch.setattr("flow_inference.video.SceneWatch.jumps", lambda self, error: False)
+    estimates = []
+    estimate = model.estimate
+    monkeypatch.setattr(model, "estimate", lambda *args: estimates.append(estimate(*args)) or estimates[-1])
+    pairs = list(video)
+    assert [(pair.warm, pair.num_flow_updates) for pair in pairs] == [(False, 3), (True, 2)]
+    assert calls["updates"] == [3, 2] and calls["starts"][0] is None
+    low_res_flow = estimates[0][0][0].numpy()
+    _, height, width = low_res_flow.shape
+    y, x = np.mgrid[:height, :width]
+    landed = np.stack([x, y]) + low_res_flow
+    inside = (landed > 0).all(0) & (landed[0] < width) & (landed[1] < height)
+    for py, px in ((5, 5), (10, 3), (height - 1, width - 1)):
+        distance = np.where(inside, np.hypot(landed[0] - px, landed[1] - py), np.inf)
+        carried = low_res_flow[:, *np.unravel_index(distance.argmin(), distance.shape)]
+        length = np.linalg.norm(carried)
+        expected = carried * max(0, 1 - 0.5 / length)
+        np.testing.assert_allclose(calls["starts"][1][0, :, py, px].numpy(), expected, atol=1e-4)
+
+
+def test_the_way_back_starts_from_the_way_there(model, shapes, calls, monkeypatch):
+    monkeypatch.setattr("flow_inference.video.SceneWatch.jumps", lambda self, error: False)
+    pairs = list(
+        FlowVideo(model, shapes.frames[:2], backward=True, num_flow_updates=3, warm_num_flow_updates=1, shortened_by=0)
+    )
+    assert calls["updates"] == [3, 1]
+    forward = torch.nn.functional.avg_pool2d(pairs[0].flow[None], 8).mean((0, 2, 3)) / 8
+    torch.testing.assert_close(calls["starts"][1].mean((0, 2, 3)), -forward, atol=0.5, rtol=0.5)
+
+
+def test_a_jump_is_estimated_again_and_ends_the_scene(model, shapes, calls, monkeypatch):
+    errors = iter([3.0, 60.0, 3.0, 60.0, 58.0, 3.0])
+    monkeypatch.setattr("flow_inference.video.photometric_error", lambda *_: next(errors))
+    pairs = list(FlowVideo(model, shapes.frames, num_flow_updates=2, warm_num_flow_updates=1))
+    # Pair 1 was badly started only; pair 2 is a cut, so that pair 3 starts from zero.
+    assert calls["updates"] == [2, 1, 2, 1, 2, 2]
+    assert [pair.cut for pair in pairs] == [False, False, True, False]
+    assert [pair.warm for pair in pairs] == [False, False, False, False]
+    assert [pair.num_flow_updates for pair in pairs] == [2, 2, 2, 2]
+
+
+@pytest.mark.slow
+def test_cuts_and_motion_on_real_weights(sample_weights):
+    """Two scenes of fast motion: the cut is found, and nothing else is taken for one; warm flow is as good as cold."""
+    model = load_raft(sample_weights / "raft-small.pth").eval()
+    scenes = [moving_shapes(3, 160, 224, [(6, 2), (-9, 4)], seed=seed) for seed in (1, 2)]
+    frames = np.concatenate([scene.frames for scene in scenes])
+    truth = np.concatenate([scenes[0].flow, np.zeros_like(scenes[0].flow[:1]), scenes[1].flow])
+
+    def errors(**options):
+        pairs = list(FlowVideo(model, frames, **options))
+        assert [pair.cut for pair in pairs] == [False, False, True, False, False]
+        lengths = [np.linalg.norm(pair.flow.permute(1, 2, 0) - truth[pair.index], axis=-1) for pair in pairs]
+        return [np.median(length) for length in lengths], [pair.warm for pair in pairs]
+
+    warm, started = errors()
+    cold, _ = errors(warm_start=False)
+    assert started == [False, True, False, False, True]
+    for index in (0, 1, 3, 4):
+        assert warm[index] < 1.1 * cold[index] + 0.05 < 1
+
+
+def test_held_frames_have_no_flow_and_keep_the_motion(model, shapes, calls):
+    on_twos = np.repeat(shapes.frames[:4], 2, axis=0)
+    pairs = list(FlowVideo(model, on_twos, num_flow_updates=3, warm_num_flow_updates=2, backward=True))
+    assert [pair.held for pair in pairs] == [True, False] * 3 + [True]
+    for pair in pairs[::2]:
+        assert not pair.flow.any() and not pair.backward_flow.any() and not pair.occluded.any()
+        assert pair.num_flow_updates == 0 and not pair.consistency_error.any()
+    # What is not held is as if nothing was.
+    alone = list(FlowVideo(model, shapes.frames[:4], num_flow_updates=3, warm_num_flow_updates=2))
+    for pair, expected in zip(pairs[1::2], alone, strict=True):
+        torch.testing.assert_close(pair.flow, expected.flow)
+    assert calls["features"] == 4 + 4
+    assert not any(pair.held for pair in FlowVideo(model, on_twos, num_flow_updates=1, held_tolerance=None))
+
+
+def test_compressed_copies_are_held_and_slow_motion_is_not(tmp_path):
+    frames = moving_shapes(3, 144, 256, [(1, 0), (-1, 1)]).frames
+    with VideoWriter(tmp_path / "held.mp4", 24) as video:
+        for frame in frames.repeat(3, axis=0):
+            video.write(frame)
+    decoded = list(VideoReader(tmp_path / "held.mp4"))
+    held = [is_held(*pair) for pair in zip(decoded[:-1], decoded[1:], strict=True)]
+    assert held == [True, True, False] * 2 + [True, True]
+    noise = np.random.default_rng(0).normal(0, 1, (2, 144, 256, 3))
+    noisy = [(frames[0] + each).round().clip(0, 255).astype(np.uint8) for each in noise]
+    assert is_held(*noisy) and not is_held(*noisy, tolerance=0) and is_held(noisy[0], noisy[0], tolerance=0)
+    shifted = cv2.warpAffine(frames[0], np.float32([[1, 0, 0.3], [0, 1, 0]]), (256, 144), flags=cv2.INTER_CUBIC)
+    assert not is_held(frames[0], shifted)
+    blinking = frames[0].copy()
+    blinking[40:52, 60:72] = 255 - blinking[40:52, 60:72]
+    assert not is_held(frames[0], blinking)
+
+
+def test_frames_come_from_anywhere(model, shapes, tmp_path):
+    frames = shapes.frames[:3]
+    for number, frame in zip((1, 2, 10), frames, strict=True):
+        PIL.Image.fromarray(frame).save(tmp_path / f"frame_{number}.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with VideoWriter(tmp_path / "video.mkv", 24, crf=0) as video:
+        for frame in frames:
+            video.write(frame)
+    options = {"num_flow_updates": 2, "warm_num_flow_updates": 1}
+    expected = [pair.flow for pair in FlowVideo(model, list(frames), **options)]
+    assert len(expected) == 2
+    sources = {
+        "generator": (frame for frame in frames),
+        "images": [PIL.Image.fromarray(frame) for frame in frames],
+        "folder": str(tmp_path),
+        "paths": sorted(tmp_path.glob("*.png"), key=lambda path: len(path.name)),
+    }
+    for source in sources.values():
+        for pair, flow in zip(FlowVideo(model, source, **options), expected, strict=True):
+            assert torch.equal(pair.flow, flow)
+    assert len(list(FlowVideo(model, tmp_path / "video.mkv", **options))) == 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (
+            [np.zeros((130, 130, 3), np.uint8), np.zeros((130, 131, 3), np.uint8)],
+            "frame 2 is 131 x 130, the first 130",
+        ),
+        ([np.zeros((130, 130, 3), np.float32)], "frame 1: expected an array uint8"),
+        ([None], "received NoneType"),
+        ("nowhere.mp4", "nowhere.mp4"),
+    ],
+)
+def test_bad_frames_are_named(model, frames, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        list(FlowVideo(model, frames))
+
+
+def test_bad_settings_are_named(model):
+    for options, message in (
+        ({"num_flow_updates": 0}, "num_flow_updates must be at least 1; got 0"),
+        ({"warm_num_flow_updates": 0}, "warm_num_flow_updates must be at least 1"),
+        ({"shortened_by": -1}, "shortened_by must be at least 0"),
+        ({"held_tolerance": -0.1}, "held_tolerance must be at least 0"),
+        ({"max_side": 64}, "max_side must be at least 128; got 64"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"mixed_precision": "fp8"}, "must be one of no, bf16, fp16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FlowVideo(model, [], **options)
+    assert list(FlowVideo(model, [])) == []
+    with pytest.raises(ValueError, match="eval"):
+        FlowVideo(RaftForOpticalFlow(tiny_config()).train(), [])
+
+
+def test_bf16_is_taken_where_it_is_quick_and_nobody_has_chosen(model, monkeypatch):
+    def chosen(quick: bool, **options):
+        monkeypatch.setattr("flow_inference.video.computes_bf16_quickly", lambda device: quick)
+        return FlowVideo(model, [], **options).mixed_precision
+
+    assert chosen(True) == "bf16" and chosen(False) is None
+    assert chosen(True, warm_start=False) is None and chosen(True, mixed_precision="no") == "no"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(True) is None
+    with autocast(torch.device("cpu"), "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert isinstance(flow_inference.precision.computes_bf16_quickly(torch.device("cpu")), bool)
