@@ -23,7 +23,7 @@ from flow_data.images import undecoded
 from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, synthetic
-from flow_inference.pictures import draw_comparison
+from flow_inference.pictures import compare
 from flow_inference.prediction import chunk_rows, find_sequences, predict_pair, predict_rows, share_out
 from flow_inference.submission import (
     SUBMISSIONS,
@@ -206,7 +206,7 @@ def draw_pairs(model: RaftForOpticalFlow, dataset, protocol: Protocol, num_flow_
         sample = to_sample(dataset[index])
         updates = num_flow_updates or protocol.num_flow_updates
         flow_pred = predict_pair(model, sample.image1, sample.image2, updates, protocol.padding)
-        rows.append(draw_comparison(sample.image1, sample.flow, sample.valid, flow_pred))
+        rows.append(compare(sample.image1, sample.flow, sample.valid, flow_pred))
     return Image.fromarray(stack_rows(rows))
 
 

@@ -119,7 +119,8 @@ def test_report_and_picture(model_dir, middlebury, tmp_path, capsys):
     assert [pair["id"] for pair in report["per_pair"]] == ["A", "B", "C"]
     mean = np.mean([pair["epe"] for pair in report["per_pair"]])
     assert report["metrics"]["epe_per_image"] == pytest.approx(mean) != report["metrics"]["epe"]
-    assert Image.open(picture).size == (4 * 81 + 3 * 4, 66 + 64 + 90 + 2 * 4)
+    width, height = Image.open(picture).size
+    assert width >= 4 * 81 + 3 * 4 and height > 66 + 64 + 90 + 2 * 4  # and titles and legends
 
 
 SCENES = {"alley_1": (1, 2, 3, 5, 6), "market_2": (9, 10)}  # frames; 4 is missing
