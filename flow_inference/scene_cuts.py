@@ -4,7 +4,7 @@ from torch import Tensor
 
 from flow_inference.consistency import warp
 
-# Grey levels. Pairs of Sintel and Middlebury have errors of 2 to 4, made-up ones that are occluded by a third up to 19,
+# Grey levels. Pairs of Sintel and Middlebury have errors of 2 to 4, made-up ones with much occlusion up to 19,
 # and cuts between any of them 45 to 80.
 LIMIT = 40.0  # of a scene's first pair, with which there is nothing to compare
 LOWEST = 12.0  # below, whatever the jump, no cut

@@ -57,7 +57,7 @@ class VideoFlow:
 
 
 class FlowVideo:
-    """The flow of a video, pair by pair: `for step in FlowVideo(model, "in.mp4"): use(step.flow)`.
+    """The flow of a video, pair by pair: `for pair in FlowVideo(model, "in.mp4"): use(pair.flow)`.
 
     Two frames are held at a time. Each is encoded once, for the pair before it and the pair after it. A pair's flow is
     started from that of the pair before it, carried along itself (`flow_inference.warm_start`), and so needs fewer
