@@ -83,17 +83,16 @@ def _nearest_within_reach(landed: Tensor, height: int, width: int) -> Tensor:
 def _near_gaps(landed: Tensor, squared_distance: Tensor) -> Tensor:
     """Which points `(N,)` could be the nearest to a grid point that is farther than `REACH` from all of them.
 
-    The disc around such a grid point up to its nearest point p is empty, and in it the disc of radius 2 that touches
-    p. The grid point next to that one's centre is at most sqrt(1/2) from it, so 2 - sqrt(1/2) = 1.29 or more from
-    every point, and less than 3 from p in x and y. Points beyond the last row and column have no grid point all around
-    them.
+    The disc around such a grid point q up to its nearest point p is empty. If it is larger than 2.41, so is the disc of
+    that radius in it that touches p, and the grid point next to its centre (which may lie by up to 1 beyond the last
+    row or column, and is then up to 1.12 away) is 1.29 or more from every point. Else q itself is. Either way, such a
+    grid point is less than 3 from p in x and in y.
     """
     height, width = squared_distance.shape
-    gaps = (squared_distance > 1.29**2).float()
+    gaps = (squared_distance >= 1.29**2).float()
     near = F.max_pool2d(gaps[None], kernel_size=7, stride=1, padding=3)[0] > 0
     x, y = landed.round().long()
-    at_edge = (landed[0] > width - 1) | (landed[1] > height - 1)
-    return near[y.clamp(max=height - 1), x.clamp(max=width - 1)] | at_edge
+    return near[y.clamp(max=height - 1), x.clamp(max=width - 1)]
 
 
 def _nearest_of_all(queries: Tensor, points: Tensor) -> Tensor:

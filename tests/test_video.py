@@ -14,6 +14,7 @@ import flow_inference.precision
 from flow_inference import FlowVideo, predict_pair
 from flow_inference.held_frames import is_held
 from flow_inference.precision import autocast
+from flow_inference.scene_cuts import SceneWatch, photometric_error
 from flow_inference.video_files import VideoReader, VideoWriter
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
@@ -144,6 +145,39 @@ def test_a_jump_is_estimated_again_and_ends_the_scene(model, shapes, calls, monk
     assert [pair.num_flow_updates for pair in pairs] == [2, 2, 2, 2]
 
 
+def test_a_jump_is_measured_by_its_scene():
+    watch = SceneWatch()
+    assert watch.jumps(41) and not watch.jumps(39)  # of a first pair
+    watch.remember(2)
+    assert watch.jumps(13) and not watch.jumps(11)
+    for _ in range(30):
+        watch.remember(10)
+    assert watch.jumps(31) and not watch.jumps(29)
+    watch.forget()
+    assert not watch.jumps(39)
+
+
+def test_photometric_error_is_what_flow_does_not_explain():
+    thumbnail1 = torch.rand(1, 3, 20, 30) * 255
+    thumbnail2 = thumbnail1.roll(3, dims=3) + 7
+    flow = torch.zeros(1, 2, 20, 30)
+    flow[:, 0] = 3
+    assert photometric_error(thumbnail1, thumbnail2, flow) == pytest.approx(7, abs=0.01)
+    assert photometric_error(thumbnail1, thumbnail2, 0 * flow) > 40
+    assert photometric_error(thumbnail1, thumbnail2, 100 * flow) == float("inf")
+
+
+def test_a_new_scene_is_measured_anew(model, shapes, monkeypatch):
+    """An error of 30 is a jump in a calm scene, and none for the first pair of the next."""
+    errors = iter([3.0, 60.0, 60.0, 30.0, 31.0])
+    monkeypatch.setattr("flow_inference.video.photometric_error", lambda *_: next(errors))
+    pairs = list(FlowVideo(model, shapes.frames, num_flow_updates=2, warm_num_flow_updates=1))
+    assert [(pair.cut, pair.warm) for pair in pairs] == [(False, False), (True, False), (False, False), (False, True)]
+    errors = iter([3.0, 30.0, 5.0, 3.0, 3.0])
+    pairs = list(FlowVideo(model, shapes.frames, num_flow_updates=2, warm_num_flow_updates=1))
+    assert [(pair.cut, pair.warm) for pair in pairs] == [(False, False), (False, False), (False, True), (False, True)]
+
+
 @pytest.mark.slow
 def test_cuts_and_motion_on_real_weights(sample_weights):
     """Two scenes of fast motion: the cut is found, and nothing else is taken for one; warm flow is as good as cold."""
@@ -191,6 +225,8 @@ def test_compressed_copies_are_held_and_slow_motion_is_not(tmp_path):
     noise = np.random.default_rng(0).normal(0, 1, (2, 144, 256, 3))
     noisy = [(frames[0] + each).round().clip(0, 255).astype(np.uint8) for each in noise]
     assert is_held(*noisy) and not is_held(*noisy, tolerance=0) and is_held(noisy[0], noisy[0], tolerance=0)
+    flat = [(100 + each).round().clip(0, 255).astype(np.uint8) for each in noise]  # no slope that would explain it
+    assert is_held(*flat) and not is_held(flat[0], flat[1] + 3)
     shifted = cv2.warpAffine(frames[0], np.float32([[1, 0, 0.3], [0, 1, 0]]), (256, 144), flags=cv2.INTER_CUBIC)
     assert not is_held(frames[0], shifted)
     blinking = frames[0].copy()
