@@ -83,10 +83,10 @@ def _nearest_within_reach(landed: Tensor, height: int, width: int) -> Tensor:
 def _near_gaps(landed: Tensor, squared_distance: Tensor) -> Tensor:
     """Which points `(N,)` could be the nearest to a grid point that is farther than `REACH` from all of them.
 
-    The disc around such a grid point q up to its nearest point p is empty. If it is larger than 2.41, so is the disc of
-    that radius in it that touches p, and the grid point next to its centre (which may lie by up to 1 beyond the last
-    row or column, and is then up to 1.12 away) is 1.29 or more from every point. Else q itself is. Either way, such a
-    grid point is less than 3 from p in x and in y.
+    The disc around such a grid point q up to its nearest point p is empty. If it is larger than 2.41, so is the disc
+    of that radius in it that touches p, and the grid point next to its centre (which may lie by up to 1 beyond the
+    last row or column, and is then up to 1.12 away) is 1.29 or more from every point. Else q itself is. Either way,
+    such a grid point is less than 3 from p in x and in y.
     """
     height, width = squared_distance.shape
     gaps = (squared_distance >= 1.29**2).float()
