@@ -85,12 +85,16 @@ def main(argv: list[str] | None = None) -> None:
         if config.allow_config_changes:
             change_course(optimizer, schedule, config.learning_rate, config.weight_decay, config.max_train_steps)
     accelerator.wait_for_everyone()
-    start_trackers(accelerator, config)
     log = None
+    try:
+        start_trackers(accelerator, config)
+        if accelerator.is_main_process:
+            log = RunLog(output_dir, progress.step, progress.validation_due)
+            remove_unfinished(output_dir)
+            set_aside_later_checkpoints(output_dir, progress.step)
+    except OSError as error:  # the disk is full still
+        sys.exit(f"train_flow.py: error: {error}\n{how_to_go_on(argv, output_dir)}")
     if accelerator.is_main_process:
-        log = RunLog(output_dir, progress.step, progress.validation_due)
-        remove_unfinished(output_dir)
-        set_aside_later_checkpoints(output_dir, progress.step)
         counts = {name: len(dataset) for name, dataset, _ in validation}
         passes, devices = accelerator.gradient_accumulation_steps, describe_devices(accelerator)
         print(describe_run(config, model, pairs, counts, passes, devices, progress.step))
@@ -113,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     except Stopped as stopped:
         bar.close()
         if accelerator.is_main_process:
-            print(f"{stopped}: step {progress.step} is saved. {how_to_go_on(argv)}", file=sys.stderr)
+            print(f"{stopped}: step {progress.step} is saved. {how_to_go_on(argv, output_dir)}", file=sys.stderr)
         accelerator.wait_for_everyone()
         sys.exit(128 + stopped.signal)  # as shells name an end by a signal
     except (ArithmeticError, OSError, RuntimeError) as error:
@@ -122,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         if message is None:
             raise
         heard = accelerator.is_main_process or isinstance(error, (DataError, OSError))  # which one process may have
-        sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv)}" if heard else 1)
+        sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv, output_dir)}" if heard else 1)
     accelerator.end_training()
     if repo_id is not None:
         push(output_dir, repo_id, config)
@@ -211,9 +215,10 @@ def push(output_dir: Path, repo_id: str, config: TrainingConfig) -> None:
     try:
         print(f"pushed: {hub.push_run(output_dir, repo_id, config.hub_token)}")
     except Exception as error:  # whatever it is: the weights are safe, and the user should know how to go on
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
         print(
             f"train_flow.py: error: training is done and {output_dir} is whole, but the upload to {repo_id} failed: "
-            f"{error}\nUpload it later with:  hf upload {repo_id} {output_dir} . "
+            f"{error}{cause}\nUpload it later with:  hf upload {repo_id} {output_dir} . "
             "--exclude 'checkpoint-*' --exclude 'logs/*'",
             file=sys.stderr,
         )

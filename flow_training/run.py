@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from flow_data.sampling import TrainingPairs
 from flow_training.batches import WORKER, DataError, describe_dead_worker, save_samples
-from flow_training.checkpoints import RunProgress, save_checkpoint
+from flow_training.checkpoints import RunProgress, list_checkpoints, save_checkpoint
 from flow_training.config import TrainingConfig, without_token
 from flow_training.evaluation import EvaluationStopped, Protocol, draw_sets, evaluate_sets
 from flow_training.metrics import ratios
@@ -162,12 +162,15 @@ class Run:
         return describe_dead_worker(error) if WORKER in str(error) else None
 
 
-def how_to_go_on(argv: list[str]) -> str:
-    """The command that resumes a run, without secrets."""
+def how_to_go_on(argv: list[str], output_dir: Path) -> str:
+    """The command that resumes a run, without secrets.
+
+    Where nothing has been saved yet, it is the command as it was given: what that one started from must not be lost.
+    """
+    given = without_token(argv)
     resume = "--resume_from_checkpoint"
-    given = [
-        word
-        for before, word in zip(["", *argv], without_token(argv), strict=False)
-        if before != resume and not word.startswith(resume)
-    ]
-    return f"Go on with:  {shlex.join(['accelerate', 'launch', 'train_flow.py', *given, resume, 'auto'])}"
+    if list_checkpoints(output_dir) or not any(word.startswith(resume) for word in given):
+        pairs = list(zip(["", *given], given, strict=False))
+        given = [word for before, word in pairs if before != resume and not word.startswith(resume)]
+        given += [resume, "auto"]
+    return f"Go on with:  {shlex.join(['accelerate', 'launch', 'train_flow.py', *given])}"

@@ -12,7 +12,7 @@ import yaml
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flow_training.checkpoints import find_checkpoint, list_checkpoints
-from flow_training.run_log import FILE_NAME
+from flow_training.run_log import FILE_NAME, read_log
 
 try:
     import fcntl
@@ -55,8 +55,12 @@ class RunLock:
             raise ValueError(
                 f"another run writes into {output_dir} ({holder}): wait for it, end it, or choose another output_dir"
             ) from None
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+        except OSError as error:
+            self.leave_no_trace()
+            raise OSError(f"cannot write into {output_dir}: {error}") from error
 
     def show_token(self) -> None:
         """Write `token` for the other processes of the run: into a file of its own.
@@ -110,7 +114,8 @@ def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
     """
     checkpoint = None if resume_from is None else find_checkpoint(resume_from, output_dir)
     goes_on_here = resume_from == "auto" or (
-        checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+        checkpoint is not None
+        and (checkpoint.resolve().parent == output_dir.resolve() or _ended_before_saving(output_dir, checkpoint))
     )
     if not goes_on_here and ((output_dir / FILE_NAME).exists() or list_checkpoints(output_dir)):
         raise ValueError(
@@ -123,6 +128,15 @@ def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
             "or remove it"
         )
     return checkpoint
+
+
+def _ended_before_saving(output_dir: Path, checkpoint: Path) -> bool:
+    """Whether what output_dir holds may be a run from that checkpoint which saved nothing: a log of steps after it."""
+    log = output_dir / FILE_NAME
+    if list_checkpoints(output_dir) or not log.exists():
+        return False
+    step = int(checkpoint.resolve().name.rpartition("-")[2])
+    return all(line["step"] > step for line in read_log(log))
 
 
 def check_same_run(checkpoint: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ class RunLog:
         step: Steps done before this run goes on; lines of later ones are cut, and so are lines that are damaged, as
             the last one is where the run was killed.
         validation_due: The validation of that step is done again; its line is cut, too.
+
+    Raises:
+        OSError: It cannot be written; the log is as it was.
     """
 
     def __init__(self, output_dir: Path, step: int, validation_due: bool = False):
@@ -24,16 +27,28 @@ class RunLog:
         if validation_due:
             kept = [line for line in kept if line["step"] < step or not any("validation/" in key for key in line)]
         unfinished = self.path.with_name(f"unfinished-{FILE_NAME}")
-        with unfinished.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.path)
+        try:
+            with unfinished.open("w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, self.path)
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Add a line; it is in the file when this returns."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+        """Add a line; it is in the file when this returns.
+
+        Raises:
+            OSError: It cannot be written, for example to a full disk.
+        """
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error}") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

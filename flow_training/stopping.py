@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # prctl(2)
+PATIENCE = 2.0  # seconds after a signal, in which a second one is no second thought
 
 
 def outlive_no_launcher() -> None:
@@ -28,14 +30,24 @@ def outlive_no_launcher() -> None:
     except psutil.Error:
         return
     if any("accelerate" in word for word in words) and any("launch" in word for word in words):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _ask_for_signal_at_parents_death(signal.SIGTERM)
+
+
+def _ask_for_signal_at_parents_death(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class StopRequest:
-    """Remembers a SIGTERM or SIGINT that comes while it is entered; the second one acts as if this were not here."""
+    """Remembers a SIGTERM or SIGINT that comes while it is entered.
+
+    Only a second Ctrl-C, some seconds later, ends the process at once. Everything else that comes is the first signal
+    once more: a terminal and a scheduler tell all processes, launchers tell theirs again, and their death is told too.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._received = 0.0  # when, on the monotonic clock
         self._previous: dict[signal.Signals, Any] = {}
         self._group: Any = None
 
@@ -47,16 +59,22 @@ class StopRequest:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if self.signal is None:  # else the process is about to end, and repeats must not disturb it
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            signal.signal(number, self._previous[signal.Signals(number)])
+        if self.signal is None:
+            self.signal, self._received = signal.Signals(number), time.monotonic()
+            _ask_for_signal_at_parents_death(0)
+            print(
+                f"\n{self.signal.name}: saving a checkpoint after this step; Ctrl-C once more, some seconds from now, "
+                "stops at once",
+                file=sys.stderr,
+            )
+        elif number == signal.SIGINT and time.monotonic() - self._received > PATIENCE:
+            signal.signal(number, self._previous[signal.SIGINT])
             signal.raise_signal(number)
-            return
-        self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: saving a checkpoint after this step; once more to stop at once", file=sys.stderr)
 
     def agreed(self) -> signal.Signals | None:
         """The signal that any process has received; called by all of them, once a step."""

@@ -23,6 +23,7 @@ from flow_training.checkpoints import find_checkpoint
 from flow_training.optimization import make_schedule
 from flow_training.run_dir import RunLock
 from flow_training.run_log import read_log
+from flow_training.stopping import StopRequest
 from modeling_raft import RaftForOpticalFlow
 
 pytestmark = pytest.mark.slow
@@ -215,13 +216,72 @@ def test_a_run_of_two_processes_keeps_others_out_and_names_what_only_one_knows(t
 
 def test_the_death_of_a_launcher_is_a_signal(tmp_path):
     """accelerate launch of one process dies of SIGTERM and passes nothing on."""
-    words = command(tmp_path / "run", **SETTINGS | {"max_train_steps": "1000", "validation_sets": None})
-    words[1:1] = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment(), cwd=PROJECT)
+    process = start_below_launcher(tmp_path / "run", 1, **SETTINGS | {"max_train_steps": "1000"})
     wait_for_step(process, tmp_path / "run", 1)
     process.terminate()
     _, errors = process.communicate(timeout=120)  # until the trainer has closed it, too
     assert "SIGTERM: step" in errors and "is saved" in errors, errors
+
+
+def start_below_launcher(output_dir: Path, processes: int, **settings: str | None) -> subprocess.Popen:
+    """Start a run as the README says, in a process group of its own."""
+    words = command(output_dir, processes=processes, **settings | {"validation_sets": None})
+    if processes == 1:
+        words[1:1] = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    return subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, env=environment(), cwd=PROJECT, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])
+def test_a_signal_to_all_processes_comes_more_than_once_and_saves(tmp_path, processes, number):
+    """Ctrl-C reaches the launcher, too, whose death is a SIGTERM to the trainer; that of several tells it again."""
+    slow = {"max_train_steps": "1000", "num_flow_updates": "60", "checkpointing_steps": "1000"}
+    process = start_below_launcher(tmp_path / "run", processes, **SETTINGS | slow)
+    wait_for_step(process, tmp_path / "run", 2)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=120)
+    last = read_log(tmp_path / "run" / "train_log.jsonl")[-1]["step"]
+    assert f"step {last} is saved" in errors and "--resume_from_checkpoint auto" in errors, errors
+    assert find_checkpoint("latest", tmp_path / "run").name == f"checkpoint-{last}"
+
+
+def test_a_second_ctrl_c_stops_at_once_and_other_repeats_do_not(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("flow_training.stopping.time.monotonic", lambda: clock[0])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+            assert stop.agreed() is None
+            for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert stop.agreed() == signal.SIGINT
+            clock[0] += 10
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_run_that_saved_nothing_goes_on_from_where_it_came(whole, tmp_path):
+    """From a checkpoint of another folder, and the disk is full at its first own one; and full still at the resume."""
+    output_dir = tmp_path / "run"
+    settings = SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"}
+    switches = ["--add_noise", "--resume_from_checkpoint", str(whole / "checkpoint-8")]
+    words = command(output_dir, *switches, **settings)
+    options = {"capture_output": True, "text": True, "env": environment(), "cwd": PROJECT}
+    result = subprocess.run(words, **options, preexec_fn=limit_files_to(60_000))
+    assert result.returncode == 1 and "there is none before it" in result.stderr, result.stderr
+    assert f"--resume_from_checkpoint {whole / 'checkpoint-8'}" in result.stderr
+    result = subprocess.run(words, **options, preexec_fn=limit_files_to(10))
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "cannot write" in result.stderr
+    result = subprocess.run(words, **options)
+    assert result.returncode == 0, result.stderr
+    steps = [line["step"] for line in figures(output_dir)]
+    assert steps == [9, 10, 11, 12]
+    ours, theirs = (load_file(path / "model.safetensors") for path in (output_dir, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_lock_dies_with_its_process_not_with_its_children(tmp_path):
