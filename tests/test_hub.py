@@ -94,6 +94,7 @@ def test_template_travels_with_an_installation(tmp_path):
     project = tmp_path / "project"  # a copy: building leaves files behind
     shutil.copytree(checkout, project, ignore=shutil.ignore_patterns(".*", "outputs", "tests", "build", "*.egg-info"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    install += ["--ignore-installed"]  # else pip takes the project out of the environment that runs the tests
     subprocess.run([*install, "--prefix", tmp_path / "prefix", project], check=True, capture_output=True)
     (packages,) = (tmp_path / "prefix").rglob("site-packages")
     code = (
