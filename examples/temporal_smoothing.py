@@ -1,0 +1,317 @@
+"""Take the flicker out of a video's maps, each of which was made from one frame alone: masks, edges, depth, styles.
+
+    python examples/temporal_smoothing.py --model DIR_OR_REPO --frames film.mp4 --maps parsing.npy --output smooth.npy
+
+Every map becomes a weighted mean of itself and the maps of the frames around it, which optical flow brings to where
+they belong. This is how VToonify smooths parsing maps of faces (Yang et al. 2022, smooth_parsing_map.py), in its
+weights: a Gaussian of the distance in time, and one of the difference between the frame and its neighbour warped onto
+it, so that flow which is wrong, or leads across a cut, counts for little. What differs from VToonify:
+
+- A frame is encoded once, not once for each pair that it is in.
+- Pixels that the neighbour does not show, because they are hidden there, are left out (forward-backward check); what
+  moves in front of something of its own colour would leave a trace beside it.
+- It runs as a stream. Flow of a pair is estimated in both directions at once and serves both frames, so that no more
+  than `window + 1` frames are held, with `window` more that are read ahead.
+
+Maps are `.npy`, one file `(N, h, w)` or `(N, h, w, C)` or a folder with a file for each frame, or pictures, grey or
+RGB; a folder that holds any `.npy` is one of `.npy`. They may be larger or smaller than the frames. Before the first
+frame and after the last the video is mirrored.
+"""
+
+import argparse
+import math
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flow_inference.consistency import is_occluded, warp
+from flow_inference.estimator import EncodedFrame, FlowEstimator
+from flow_inference.frame_sources import open_frames, read_frames
+from flow_inference.map_files import list_maps, open_output, read_maps
+from flow_inference.precision import autocast
+from modeling_raft import RaftForOpticalFlow
+from modeling_raft.convert_raft_checkpoint import load_raft
+
+PHOTOMETRIC_SIGMA = 0.2  # VToonify's, for frames in [-1, 1]
+
+
+def reflect(index: int, num_frames: int) -> int:
+    """The frame that stands for one before the first or after the last, as `numpy.pad`'s "reflect" has it."""
+    period = max(1, 2 * (num_frames - 1))
+    return min(index % period, -index % period)
+
+
+def time_weights(index: int, num_frames: int, window: int) -> dict[int, float]:
+    """Weight in time of each frame in the mean for one of them.
+
+    Near the ends some frames come twice, the frame itself, too, whose weight is 1 otherwise. They are never further
+    away than `window`: reflection does not move two frames apart.
+
+    Args:
+        index: Of the frame that the mean is for.
+        num_frames: Of the video; anything above `index + window` gives the same weights.
+        window: Frames on either side.
+    """
+    weights: dict[int, float] = defaultdict(float)
+    for offset in range(-window, window + 1):
+        weights[reflect(index + offset, num_frames)] += math.exp(-(offset**2) / (2 * (window + 0.5) ** 2))
+    return dict(weights)
+
+
+def photometric_weight(pixels: Tensor, neighbour: Tensor, flow: Tensor) -> Tensor:
+    """How much a neighbour's pixel is to be trusted, by how much it looks like the one it is to be averaged with.
+
+    Args:
+        pixels, neighbour: `(1, 3, H, W)` in [-1, 1].
+        flow: `(1, 2, H, W)`, from the frame to its neighbour.
+
+    Returns:
+        `(1, H, W)` in 0..1.
+    """
+    warped, _ = warp(neighbour, flow)
+    error = (warped - pixels).square().mean(1)
+    return torch.exp(-error / (2 * PHOTOMETRIC_SIGMA**2))
+
+
+def to_grid(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring `(..., H, W)` to the grid of the maps, `(..., h, w)`.
+
+    Each pixel of a map asks the frame's pixel under its centre. A mean over several would mix, at the edge of what
+    moves, two flows into one that nothing follows.
+    """
+    rows, columns = (
+        ((torch.arange(count, device=values.device) + 0.5) * (length / count)).long()
+        for count, length in zip(size, values.shape[-2:], strict=True)
+    )
+    return values[..., rows[:, None], columns]
+
+
+class Flicker:
+    """Mean absolute difference of maps to the ones before, which flow warps onto them, where these show the same."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, current: Tensor, previous: Tensor, flow: Tensor, visible: Tensor) -> None:
+        """Add a map `(1, C, h, w)` and the one before it; `flow` leads to that one, `visible` is `(1, h, w)` bool."""
+        warped, _ = warp(previous, flow)
+        difference = (current - warped).abs().mean(1)[visible]
+        self._sum += float(difference.sum(dtype=torch.float64))
+        self._count += len(difference)
+
+    @property
+    def mean(self) -> float:
+        """In the maps' own values; not a number if no two maps could be compared."""
+        return self._sum / self._count if self._count else math.nan
+
+
+@dataclass
+class HeldFrame:
+    """A frame that is not yet averaged with all its neighbours. Tensors are on the model's device.
+
+    Args:
+        pixels: `(1, 3, H, W)` in [-1, 1].
+        map: `(1, C, h, w)` float32.
+        weights: in time, of each frame in the mean.
+        weighted_sum: `(1, C, h, w)`, of the maps so far.
+        weight_sum: `(1, h, w)`.
+        to_previous: flow `(1, 2, h, w)` to the frame before, pixels of the map, and where that one shows the same,
+            `(1, h, w)` bool; None for the first.
+    """
+
+    index: int
+    encoded: EncodedFrame
+    pixels: Tensor
+    map: Tensor
+    weights: dict[int, float]
+    weighted_sum: Tensor
+    weight_sum: Tensor
+    to_previous: tuple[Tensor, Tensor] | None = None
+
+
+class TemporalSmoother:
+    """Smooths the maps of one video.
+
+    Args:
+        model: In eval mode, on any device. Run under `torch.autocast` for fp16 or bf16.
+        window: Frames on either side that a map is averaged with; at least 1.
+        num_flow_updates: Of each flow.
+        max_side: Estimate flow on frames reduced to this longer side, pixels.
+
+    Attributes:
+        before, after: The flicker of the maps so far, as given and as smoothed (before any rounding).
+    """
+
+    def __init__(
+        self, model: RaftForOpticalFlow, window: int = 5, num_flow_updates: int = 20, max_side: int | None = None
+    ):
+        self.model = model
+        self.window, self.num_flow_updates, self.max_side = window, num_flow_updates, max_side
+        self.before, self.after = Flicker(), Flicker()
+        self._finished: Tensor | None = None  # the latest
+
+    def smooth(self, samples: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[np.ndarray]:
+        """Smooth map by map.
+
+        Args:
+            samples: Frames `(H, W, 3)` uint8 of one size, each with its map, `(h, w)` or `(h, w, C)` float32 of one
+                shape.
+
+        Yields:
+            The smoothed maps, `(h, w)` or `(h, w, C)` float32; each `window` frames after its own was handled.
+        """
+        held: deque[HeldFrame] = deque()
+        estimator: FlowEstimator | None = None
+        for index, ((frame, values), num_frames) in enumerate(read_ahead(samples, self.window)):
+            height, width, _ = frame.shape
+            estimator = estimator or FlowEstimator(self.model, height, width, self.max_side)
+            new = self._hold(estimator, index, frame, values, num_frames)
+            self._exchange(estimator, new, held)
+            held.append(new)
+            if len(held) > self.window:
+                yield self._finish(held.popleft()).reshape(values.shape)
+        while held:
+            yield self._finish(held.popleft()).reshape(values.shape)
+
+    def _hold(
+        self, estimator: FlowEstimator, index: int, frame: np.ndarray, values: np.ndarray, num_frames: int
+    ) -> HeldFrame:
+        device = self.model.device
+        pixels = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+        own = torch.from_numpy(values.reshape(*values.shape[:2], -1)).to(device).permute(2, 0, 1)[None]
+        weights = time_weights(index, num_frames, self.window)
+        weight_sum = torch.full_like(own[:, 0], weights[index])
+        return HeldFrame(index, estimator.encode(frame), pixels, own, weights, weights[index] * own, weight_sum)
+
+    def _exchange(self, estimator: FlowEstimator, new: HeldFrame, held: Iterable[HeldFrame]) -> None:
+        """Add a new frame to the means of those that are held, and these to its own."""
+        for old in held:
+            pairs = [(new.encoded, old.encoded), (old.encoded, new.encoded)]
+            flows, _ = estimator.estimate(pairs, self.num_flow_updates)
+            backward, forward = flows.split(1)
+            self._add(new, old, backward, forward)
+            self._add(old, new, forward, backward)
+
+    def _add(self, frame: HeldFrame, neighbour: HeldFrame, flow: Tensor, reverse: Tensor) -> None:
+        """Add a neighbour's map to the mean for a frame, given the flows `(1, 2, H, W)` to the neighbour and back."""
+        height, width = size = frame.map.shape[-2:]
+        visible = to_grid(~is_occluded(flow, reverse), size)
+        trust = to_grid(photometric_weight(frame.pixels, neighbour.pixels, flow), size)
+        scale = flow.new_tensor([width / flow.shape[-1], height / flow.shape[-2]]).reshape(1, 2, 1, 1)
+        map_flow = to_grid(flow, size) * scale
+        warped, _ = warp(neighbour.map, map_flow)
+        weight = frame.weights[neighbour.index] * trust * visible
+        frame.weighted_sum += weight[:, None] * warped
+        frame.weight_sum += weight
+        if neighbour.index == frame.index - 1:
+            frame.to_previous = (map_flow, visible)
+            self.before.add(frame.map, neighbour.map, map_flow, visible)
+
+    def _finish(self, frame: HeldFrame) -> np.ndarray:
+        """The mean, `(h, w, C)`."""
+        smoothed = frame.weighted_sum / frame.weight_sum[:, None]
+        if frame.to_previous is not None and self._finished is not None:
+            self.after.add(smoothed, self._finished, *frame.to_previous)
+        self._finished = smoothed
+        return smoothed[0].permute(1, 2, 0).cpu().numpy()
+
+
+def read_ahead(samples: Iterable, count: int) -> Iterator[tuple]:
+    """Every sample, with how many there are: all of them, or at least `count` after this one."""
+    waiting: deque = deque()
+    number = 0
+    for number, sample in enumerate(samples, start=1):
+        waiting.append(sample)
+        if len(waiting) > count:
+            yield waiting.popleft(), number
+    while waiting:
+        yield waiting.popleft(), number
+
+
+def pair_up(frames: Iterable[np.ndarray], maps: Iterable[np.ndarray], num_maps: int) -> Iterator[tuple]:
+    """Each frame with its map.
+
+    Raises:
+        ValueError: There are more of one than of the other; said after the pairs.
+    """
+    remaining, number = iter(maps), 0
+    for number, frame in enumerate(frames, start=1):
+        if number > num_maps:
+            raise ValueError(f"each frame needs a map; there are at least {number} frames and {num_maps} maps")
+        yield frame, next(remaining)
+    check_counts(number, num_maps)
+
+
+def check_counts(num_frames: int, num_maps: int) -> None:
+    if num_frames != num_maps:
+        raise ValueError(f"each frame needs a map; there are {num_frames} frames and {num_maps} maps")
+
+
+def check_paths(maps: Path, frames: Path, output: Path) -> None:
+    """Refuse to write where the inputs are, or what the maps are not."""
+    if not maps.exists():
+        raise FileNotFoundError(f"{maps}: no such file or folder")
+    if output.resolve() in (maps.resolve(), frames.resolve()):
+        raise ValueError(f"{output}: is read; write to another place")
+    if maps.is_dir() and (output.is_file() or output.suffix.lower() == ".npy"):
+        raise ValueError(f"{output}: maps of a folder are written to a folder")
+    if not maps.is_dir() and (output.is_dir() or output.suffix.lower() != ".npy"):
+        raise ValueError(f"{output}: maps of a .npy file are written to a .npy file")
+
+
+def run(args: argparse.Namespace) -> TemporalSmoother:
+    """Smooth the maps of a video, and return what did it."""
+    check_paths(args.maps, args.frames, args.output)
+    maps, frames = list_maps(args.maps), open_frames(args.frames)
+    if isinstance(frames, list):  # a video tells at its end
+        check_counts(len(frames), len(maps))
+    model = load_raft(args.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    smoother = TemporalSmoother(model, args.window, args.num_flow_updates, args.max_side)
+    samples = pair_up(read_frames(frames), read_maps(maps), len(maps))
+    with autocast(model.device, args.mixed_precision), open_output(args.output, maps) as write:
+        for smoothed in tqdm(smoother.smooth(samples), total=len(maps), desc="smoothing"):
+            write(smoothed)
+    return smoother
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
+    parser.add_argument("--frames", type=Path, required=True, help="video, or folder of pictures")
+    parser.add_argument("--maps", type=Path, required=True, help="one for each frame: folder, or .npy file")
+    parser.add_argument("--output", type=Path, required=True, help="what --maps is: folder, or .npy file")
+    parser.add_argument("--window", type=int, default=5, help="frames on either side; time grows with it")
+    parser.add_argument("--num_flow_updates", type=int, default=20, help="more are slower and mostly better")
+    parser.add_argument("--max_side", type=int, metavar="PX", help="estimate flow on frames reduced to this")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    args = parser.parse_args(argv)
+    for name in ("window", "num_flow_updates"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        smoother = run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"temporal_smoothing.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"temporal_smoothing.py: stopped; the maps that are finished are in {args.output}, or beside it")
+    if math.isnan(smoother.before.mean):
+        print(f"{args.output}: no two maps show the same, so there is no flicker to measure")
+        return
+    print(f"{args.output}: a map differs from the one before it, warped onto it, by {smoother.before.mean:.4g} before")
+    print(f"smoothing and by {smoother.after.mean:.4g} after, in the mean, in the maps' own values (pictures: of 255)")
+
+
+if __name__ == "__main__":
+    main()
