@@ -3,13 +3,14 @@
 Shapes: `h w` texture, `H W` picture.
 """
 
-import re
 from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
+
+from flow_data.pairing import natural_order
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 PICTURE_ZOOM = (0.7, 2.0)  # picture pixels per texture pixel, where the picture is large enough
@@ -80,11 +81,7 @@ def list_pictures(folder: str) -> tuple[str, ...]:
     found = [p for p in Path(folder).rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith(".")]
     if not found:
         raise ValueError(f"textures: no picture in {folder}; {expected}")
-    return tuple(sorted(map(str, found), key=_natural))
-
-
-def _natural(name: str) -> list[int | str]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return tuple(sorted(map(str, found), key=natural_order))
 
 
 @lru_cache(maxsize=8)  # for folders of few pictures; decoding takes longer than the rest of a pair
