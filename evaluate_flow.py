@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from flow_data.images import undecoded
 from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, synthetic
+from flow_data.whole_files import whole_file
 from flow_inference.pictures import compare
-from flow_inference.prediction import chunk_rows, find_sequences, predict_pair, predict_rows, share_out
+from flow_inference.prediction import chunk_rows, find_sequences, predict_rows, share_out
 from flow_inference.submission import (
     SUBMISSIONS,
     check_submission,
@@ -54,12 +56,18 @@ def main(argv: list[str] | None = None) -> None:
             submit(args, accelerator)
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate_flow.py: error: {error}")
+    except KeyboardInterrupt:
+        kept = "" if args.submission is None else f"; the files that were written are in {args.submission}"
+        sys.exit(f"evaluate_flow.py: stopped{kept}")
 
 
 def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Evaluate; print the figures, write and draw what is asked for."""
     split = args.split or PROTOCOLS[args.dataset].split
     dataset = open_dataset(args, split)
+    for flag, path in (("--output", args.output), ("--picture", args.picture)):
+        if path is not None and accelerator.is_main_process:
+            prepare_folders([path], flag)
     model = load_raft(args.model).eval().to(accelerator.device)
     protocol = PROTOCOLS[args.dataset]
     figures = evaluate(
@@ -80,12 +88,14 @@ def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
         print(f"  {name:16} {value:.4f}")
     print(f"  (zero flow: epe {figures['zero_flow_epe']:.4f})")
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         contents = without_nan({"dataset": args.dataset, "split": split, **figures})
-        args.output.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
+        with whole_file(args.output) as partial:
+            partial.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
     if args.picture is not None:
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        draw_pairs(model, dataset, protocol, args.num_flow_updates).save(args.picture)
+        with accelerator.autocast():
+            picture = draw_pairs(model, dataset, protocol, used["num_flow_updates"], args.warm_start)
+        with whole_file(args.picture) as partial:
+            picture.save(partial)
 
 
 def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -144,20 +154,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--submission", type=Path, metavar="DIR", help="instead of a report, write the flow of the "
                         f"test split in the server's format; for {', '.join(SUBMISSIONS)}")  # fmt: skip
     options = SyntheticOptions()
+    defaults = {
+        "synthetic_image_size": options.image_size,
+        "synthetic_displacement": options.displacement,
+        "synthetic_shapes": options.shapes,
+        "synthetic_num_pairs": 64,
+    }
     group = parser.add_argument_group("synthetic pairs, as the training flags of the same names")
-    group.add_argument("--synthetic_image_size", type=int, nargs=2, default=options.image_size)
-    group.add_argument("--synthetic_displacement", type=float, nargs=2, default=options.displacement)
-    group.add_argument("--synthetic_shapes", type=int, nargs=2, default=options.shapes)
-    group.add_argument("--synthetic_num_pairs", type=int, default=64)
+    group.add_argument("--synthetic_image_size", type=int, nargs=2)
+    group.add_argument("--synthetic_displacement", type=float, nargs=2)
+    group.add_argument("--synthetic_shapes", type=int, nargs=2)
+    group.add_argument("--synthetic_num_pairs", type=int)
     args = parser.parse_args(argv)
     if args.dataset not in PROTOCOLS:
         parser.error(f"unknown dataset {args.dataset}{nearest(args.dataset, list(PROTOCOLS))}")
     if args.dataset != "synthetic" and args.data_dir is None:
         parser.error(f"--data_dir is missing: the folder of {args.dataset}")
-    for name in ("num_flow_updates", "batch_size"):
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.dataset != "synthetic":
+            parser.error(f"--{name} is for --dataset synthetic; {args.dataset} is read from files")
+    for name in ("num_flow_updates", "batch_size", "synthetic_num_pairs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1; got {value}")
+    if args.picture is not None and Image.registered_extensions().get(args.picture.suffix.lower()) not in Image.SAVE:
+        parser.error(f"--picture must end in the suffix of a picture, .png say; got {args.picture}")
     if args.warm_start and args.batch_size > 1:
         parser.error(f"--warm_start predicts one pair after the other: leave out --batch_size {args.batch_size}")
     if args.submission is not None and (args.output or args.picture):
@@ -199,14 +222,16 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def draw_pairs(model: RaftForOpticalFlow, dataset, protocol: Protocol, num_flow_updates: int | None) -> Image.Image:
-    """The first pairs of a data set, each a row: frame 1, true flow, predicted flow, error."""
-    rows = []
-    for index in range(min(PICTURE_PAIRS, len(dataset))):
-        sample = to_sample(dataset[index])
-        updates = num_flow_updates or protocol.num_flow_updates
-        flow_pred = predict_pair(model, sample.image1, sample.image2, updates, protocol.padding)
-        rows.append(compare(sample.image1, sample.flow, sample.valid, flow_pred))
+def draw_pairs(
+    model: RaftForOpticalFlow, dataset, protocol: Protocol, num_flow_updates: int, warm_start: bool
+) -> Image.Image:
+    """The first pairs of a data set as they were predicted: frame 1, true flow, predicted flow, error."""
+    chunks = chunk_rows(dataset, warm_start=warm_start)
+    predictions = predict_rows(model, dataset, chunks, to_sample, num_flow_updates, protocol.padding, warm_start)
+    rows = [
+        compare(sample.image1, sample.flow, sample.valid, flow)
+        for _, _, sample, flow in islice(predictions, PICTURE_PAIRS)
+    ]
     return Image.fromarray(stack_rows(rows))
 
 

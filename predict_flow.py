@@ -10,7 +10,9 @@ not show the pixel of frame 1. Colour pictures: the hue is the direction, the sa
 """
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,9 +25,9 @@ from tqdm.auto import tqdm
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_inference.frame_sources import list_frames
 from flow_inference.held_frames import TOLERANCE
-from flow_inference.outputs import SUFFIXES, FlowFiles, FlowFilms
+from flow_inference.outputs import SUFFIXES, FlowFiles, FlowFilms, result_paths
 from flow_inference.video import COLD_UPDATES, WARM_UPDATES, FlowVideo, VideoFlow
-from flow_inference.video_files import WRITTEN_FORMATS, VideoReader
+from flow_inference.video_files import WRITTEN_FORMATS, VideoReader, is_video
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 PAIR_UPDATES = 20  # of two images, which have no neighbours to learn from
@@ -35,6 +37,8 @@ FOLDER_RATE = 24  # frames a second of a film made of a folder
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     seen = Summary()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends it as Ctrl-C does
     try:
         source = find_frames(args)
         output = open_output(args, source)
@@ -79,8 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--occlusion", action="store_true", help="write masks, too, as *_occlusion; white is occluded")
     add("--num_flow_updates", type=int, help="more are slower and mostly better; default: "
         f"{PAIR_UPDATES} for two images, {COLD_UPDATES} in a video")  # fmt: skip
-    add("--warm_num_flow_updates", type=int, default=WARM_UPDATES, help="of the pairs of a video that start from the "
-        "flow of the pair before; default: %(default)s")  # fmt: skip
+    add("--warm_num_flow_updates", type=int, help="of the pairs of a video that start from the flow of the pair "
+        f"before; default: {WARM_UPDATES}")  # fmt: skip
     add("--no_warm_start", action="store_true", help="estimate each pair of a video on its own")
     add("--max_side", type=int, metavar="PX", help="estimate on frames reduced to this longer side; the flow is that "
         "of the frames as they are")  # fmt: skip
@@ -94,8 +98,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give either FRAMES or --video, not both")
     if args.video is None and len(args.frames) not in (1, 2):
         parser.error(f"expected two images, a folder, or --video; got {len(args.frames)} paths")
+    for name, reason in useless_flags(args).items():
+        if getattr(args, name):
+            parser.error(f"--{name} has no use here: {reason}")
     if args.num_flow_updates is None:
         args.num_flow_updates = PAIR_UPDATES if len(args.frames) == 2 else COLD_UPDATES
+    if args.warm_num_flow_updates is None:
+        args.warm_num_flow_updates = WARM_UPDATES
     for name in ("num_flow_updates", "warm_num_flow_updates"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
@@ -104,6 +113,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name} must be positive and finite; got {value}")
     return args
+
+
+def useless_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Flags that would change nothing -> why."""
+    is_pair, suffix = len(args.frames) == 2, args.output.suffix.lower()
+    is_film = suffix in WRITTEN_FORMATS and not is_pair
+    is_coloured = is_film or (args.format or "colour" if is_pair and suffix == ".png" else args.format) == "colour"
+    useless = {}
+    if is_pair:
+        useless |= dict.fromkeys(("warm_num_flow_updates", "no_warm_start"), "two images have no pair before them")
+    elif args.no_warm_start:
+        useless["warm_num_flow_updates"] = "without a warm start, no pair is warm"
+    if not is_film:
+        useless["frame_rate"] = "no video is written"
+    if not is_coloured:
+        useless["colour_scale"] = "no colours are written"
+    return useless
 
 
 @dataclass
@@ -134,13 +160,10 @@ def find_frames(args: argparse.Namespace) -> Source:
     if len(args.frames) == 2:
         return Source(args.frames, None, 1, FOLDER_RATE, is_pair=True)
     folder = args.video or args.frames[0]
+    if folder.is_file() and is_video(folder):
+        raise ValueError(f"{folder} is a video: give it with --video")
     paths = list_frames(folder)
-    names = [path.stem for path in paths]
-    if doubled := {name for name in names if names.count(name) > 1}:
-        raise ValueError(
-            f"{folder}: pictures of one name, whose flows would be, too: {', '.join(sorted(doubled)[:3])}"
-        )
-    return Source(paths, names, len(paths) - 1, args.frame_rate or FOLDER_RATE)
+    return Source(paths, [path.stem for path in paths], len(paths) - 1, args.frame_rate or FOLDER_RATE)
 
 
 def open_output(args: argparse.Namespace, source: Source) -> FlowFiles | FlowFilms:
@@ -156,10 +179,13 @@ def open_output(args: argparse.Namespace, source: Source) -> FlowFiles | FlowFil
         format = args.format or ("colour" if suffix == ".png" else suffix[1:])
         if SUFFIXES[format] != suffix:
             raise ValueError(f"--format {format} writes a {SUFFIXES[format]}; got {args.output}")
-        return FlowFiles(lambda index: args.output, format, *further)
+        files = FlowFiles(lambda index: args.output, format, *further)
+        check_targets(args, source, files.paths(0))
+        return files
     if suffix in WRITTEN_FORMATS:
         if args.format not in (None, "colour"):
             raise ValueError(f"--format {args.format} needs a folder for --output; a video is of colours")
+        check_targets(args, source, result_paths(args.output, args.backward, args.occlusion, suffix))
         return FlowFilms(args.output, source.frame_rate, *further)
     if suffix and not args.output.is_dir():
         raise ValueError(
@@ -171,7 +197,28 @@ def open_output(args: argparse.Namespace, source: Source) -> FlowFiles | FlowFil
         name = f"frame_{index + 1:06d}" if source.names is None else source.names[index]
         return args.output / f"{name}{SUFFIXES[format]}"
 
-    return FlowFiles(path_of, format, *further)
+    files = FlowFiles(path_of, format, *further)
+    if source.names is not None:
+        check_targets(args, source, [path for index in range(len(source.names) - 1) for path in files.paths(index)])
+    return files
+
+
+def check_targets(args: argparse.Namespace, source: Source, targets: list[Path]) -> None:
+    """Refuse to write what is read, and one result over another.
+
+    Raises:
+        ValueError: It would be; the message names the file.
+    """
+    resolved = [path.resolve() for path in targets]
+    if len(set(resolved)) < len(resolved):
+        doubled = sorted({path.name for path in resolved if resolved.count(path) > 1})
+        raise ValueError(
+            f"{args.output}: several results would be written to {', '.join(doubled[:3])}, as pictures have almost "
+            "one name; rename them"
+        )
+    read = {Path(path).resolve() for path in (source.frames if isinstance(source.frames, list) else [args.video])}
+    if overwritten := read & set(resolved):
+        raise ValueError(f"{min(overwritten)} is read, and would be overwritten; choose another --output")
 
 
 @dataclass
@@ -194,7 +241,8 @@ class Summary:
             self.cuts.append(pair.index + 1)
 
     def kept_in(self, output: Path) -> str:
-        return f" (the flow of the {self.pairs} pairs before is in {output})" if self.pairs else ""
+        pairs = "pair" if self.pairs == 1 else f"{self.pairs} pairs"
+        return f" (the flow of the {pairs} before is in {output})" if self.pairs and output.exists() else ""
 
     def __str__(self) -> str:
         pairs = "1 pair" if self.pairs == 1 else f"{self.pairs} pairs"
@@ -202,6 +250,8 @@ class Summary:
         if self.held:
             lines.append(f"held frames, which repeat the one before and have zero flow: {self.held}")
         if self.cuts:
+            if self.pairs == 1:
+                return f"{lines[0]}\nthe images have little in common, and this flow hardly means anything"
             numbers = ", ".join(map(str, self.cuts[:10])) + (", ..." if len(self.cuts) > 10 else "")
             lines.append(f"scenes end with frame {numbers}; the flow from there to the next frame means nothing")
         return "\n".join(lines)

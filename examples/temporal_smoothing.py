@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from flow_inference.consistency import is_occluded, warp
 from flow_inference.estimator import EncodedFrame, FlowEstimator
+from flow_inference.frame_fit import MIN_SIDE, FrameFit
 from flow_inference.frame_sources import open_frames, read_frames
 from flow_inference.map_files import list_maps, open_output, read_maps
 from flow_inference.precision import autocast
@@ -152,6 +153,7 @@ class TemporalSmoother:
     def __init__(
         self, model: RaftForOpticalFlow, window: int = 5, num_flow_updates: int = 20, max_side: int | None = None
     ):
+        FrameFit(MIN_SIDE, MIN_SIDE, max_side)  # says now what is wrong with it
         self.model = model
         self.window, self.num_flow_updates, self.max_side = window, num_flow_updates, max_side
         self.before, self.after = Flicker(), Flicker()
@@ -166,19 +168,29 @@ class TemporalSmoother:
 
         Yields:
             The smoothed maps, `(h, w)` or `(h, w, C)` float32; each `window` frames after its own was handled.
+
+        Raises:
+            ValueError, OSError: What `samples` raises, after the maps of all before that, for which the video ends
+                there.
         """
         held: deque[HeldFrame] = deque()
         estimator: FlowEstimator | None = None
-        for index, ((frame, values), num_frames) in enumerate(read_ahead(samples, self.window)):
-            height, width, _ = frame.shape
-            estimator = estimator or FlowEstimator(self.model, height, width, self.max_side)
-            new = self._hold(estimator, index, frame, values, num_frames)
-            self._exchange(estimator, new, held)
-            held.append(new)
-            if len(held) > self.window:
-                yield self._finish(held.popleft()).reshape(values.shape)
+        fault = None
+        try:
+            for index, ((frame, values), num_frames) in enumerate(read_ahead(samples, self.window)):
+                height, width, _ = frame.shape
+                estimator = estimator or FlowEstimator(self.model, height, width, self.max_side)
+                new = self._hold(estimator, index, frame, values, num_frames)
+                self._exchange(estimator, new, held)
+                held.append(new)
+                if len(held) > self.window:
+                    yield self._finish(held.popleft()).reshape(values.shape)
+        except (ValueError, OSError) as error:
+            fault = error  # in the samples after these
         while held:
             yield self._finish(held.popleft()).reshape(values.shape)
+        if fault is not None:
+            raise fault
 
     def _hold(
         self, estimator: FlowEstimator, index: int, frame: np.ndarray, values: np.ndarray, num_frames: int
@@ -226,13 +238,18 @@ class TemporalSmoother:
 def read_ahead(samples: Iterable, count: int) -> Iterator[tuple]:
     """Every sample, with how many there are: all of them, or at least `count` after this one."""
     waiting: deque = deque()
-    number = 0
-    for number, sample in enumerate(samples, start=1):
-        waiting.append(sample)
-        if len(waiting) > count:
-            yield waiting.popleft(), number
+    number, fault = 0, None
+    try:
+        for number, sample in enumerate(samples, start=1):
+            waiting.append(sample)
+            if len(waiting) > count:
+                yield waiting.popleft(), number
+    except (ValueError, OSError) as error:
+        fault = error  # what came before it is good, and the video ends there
     while waiting:
         yield waiting.popleft(), number
+    if fault is not None:
+        raise fault
 
 
 def pair_up(frames: Iterable[np.ndarray], maps: Iterable[np.ndarray], num_maps: int) -> Iterator[tuple]:

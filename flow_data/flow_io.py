@@ -19,7 +19,6 @@ import math
 import os
 import re
 import struct
-import uuid
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -28,6 +27,7 @@ from flow_data.file_limits import MAX_FILE_BYTES, MAX_PIXELS, check_size
 from flow_data.hdf5_flow import decode_flo5, encode_flo5
 from flow_data.kitti_png import decode_kitti_png, encode_kitti_png
 from flow_data.numpy_files import decode_npy, decode_npz, encode_npy, encode_npz
+from flow_data.whole_files import whole_file
 
 FLOW_SUFFIXES = (".flo", ".pfm", ".png", ".flo5", ".npy", ".npz")
 
@@ -88,12 +88,8 @@ def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray
     """
     path = Path(path)
     data = encode_flow(flow, valid, path.suffix)
-    partial = path.with_name(f".{uuid.uuid4().hex}.tmp")  # same folder: os.replace must not cross file systems
-    try:
+    with whole_file(path) as partial:
         partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def decode_flow(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,8 @@ def read_frames(frames: Iterable[Any]) -> Iterator[np.ndarray]:
         elif isinstance(frame, PIL.Image.Image):
             picture = to_rgb(frame, name)
         else:
-            picture = frame
+            # A copy: what decodes into one buffer again and again would change the frame before this one, too.
+            picture = frame.copy() if isinstance(frame, np.ndarray) else frame
         if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
             received = (
                 f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__

@@ -14,6 +14,7 @@ from PIL import Image
 
 from flow_data.images import read_rgb
 from flow_data.pairing import natural_order
+from flow_data.whole_files import whole_file
 from flow_inference.frame_sources import list_frames
 
 
@@ -79,16 +80,12 @@ def read_picture(path: Path) -> np.ndarray:
 
 def write_map(path: Path, values: np.ndarray) -> None:
     """Write one map, float32 in `.npy` and rounded to uint8 in pictures; the file is either complete or not there."""
-    unfinished = path.with_name(f".unfinished.{path.name}")
-    try:
+    with whole_file(path) as unfinished:
         if path.suffix.lower() == ".npy":
             with unfinished.open("wb") as file:
                 np.save(file, values)
         else:
             Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).save(unfinished, quality=95)  # if lossy
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

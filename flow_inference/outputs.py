@@ -14,6 +14,7 @@ from torch import Tensor
 from flow_data.flow_io import write_flow
 from flow_data.masks import encode_mask
 from flow_data.pictures import draw_flow
+from flow_data.whole_files import whole_file
 from flow_inference.video import VideoFlow
 from flow_inference.video_files import VideoWriter
 
@@ -54,17 +55,23 @@ class FlowFiles:
 
     def write(self, pair: VideoFlow) -> None:
         """Write the files of a pair, each whole or not at all."""
-        path = self.path_of(pair.index)
+        path, *beside = self.paths(pair.index)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._write_flow(path, pair.flow)
         if self.backward and pair.backward_flow is not None:
-            self._write_flow(_beside(path, "backward"), pair.backward_flow)
+            self._write_flow(beside.pop(0), pair.backward_flow)
         if self.occlusion and pair.occluded is not None:
-            _beside(path, "occlusion").with_suffix(".png").write_bytes(encode_mask(pair.occluded.cpu().numpy()))
+            with whole_file(beside.pop(0)) as partial:
+                partial.write_bytes(encode_mask(pair.occluded.cpu().numpy()))
+
+    def paths(self, index: int) -> list[Path]:
+        """The files of a pair."""
+        return result_paths(self.path_of(index), self.backward, self.occlusion, ".png")
 
     def _write_flow(self, path: Path, flow: Tensor) -> None:
         if self.format == "colour":
-            Image.fromarray(draw_flow(flow.cpu(), self.colour_scale)).save(path)
+            with whole_file(path) as partial:
+                Image.fromarray(draw_flow(flow.cpu(), self.colour_scale)).save(partial)
         else:
             write_flow(path, flow.permute(1, 2, 0).cpu().contiguous().numpy())
 
@@ -94,15 +101,12 @@ class FlowFilms:
         colour_scale: float | None = None,
     ):
         self.fixed_scale, self.scale = colour_scale, 0.0
-        self._files = ExitStack()
-        with self._files:  # closes those that are open where another cannot be opened
-            self.flow = self._open(path, frame_rate)
-            self.backward = self._open(_beside(path, "backward"), frame_rate) if backward else None
-            self.occlusion = self._open(_beside(path, "occlusion"), frame_rate) if occlusion else None
-            self._files = self._files.pop_all()
-
-    def _open(self, path: Path, frame_rate: Fraction | float) -> VideoWriter:
-        return self._files.enter_context(VideoWriter(path, frame_rate))
+        paths = result_paths(path, backward, occlusion, path.suffix)
+        with ExitStack() as files:  # closes those that are open where another cannot be opened
+            self.flow, *beside = [files.enter_context(VideoWriter(path, frame_rate)) for path in paths]
+            self._files = files.pop_all()
+        self.backward = beside.pop(0) if backward else None
+        self.occlusion = beside.pop(0) if occlusion else None
 
     def write(self, pair: VideoFlow) -> None:
         """Add a pair's picture to each video."""
@@ -128,6 +132,11 @@ class FlowFilms:
         self._files.__exit__(kind, error, traceback)
 
 
-def _beside(path: Path, what: str) -> Path:
-    """`flow.flo` -> `flow_backward.flo`."""
-    return path.with_name(f"{path.stem}_{what}{path.suffix}")
+def result_paths(path: Path, backward: bool, occlusion: bool, mask_suffix: str) -> list[Path]:
+    """`flow.flo`, and if asked for `flow_backward.flo` and `flow_occlusion.png`."""
+    paths = [path]
+    if backward:
+        paths.append(path.with_name(f"{path.stem}_backward{path.suffix}"))
+    if occlusion:
+        paths.append(path.with_name(f"{path.stem}_occlusion{mask_suffix}"))
+    return paths

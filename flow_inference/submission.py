@@ -68,18 +68,25 @@ def check_submission(source: str) -> None:
         raise ValueError(f"--submission: {source} has no test split for a server; there are {', '.join(SUBMISSIONS)}")
 
 
-def prepare_folders(paths: Iterable[Path]) -> None:
+def prepare_folders(paths: Iterable[Path], flag: str = "--submission") -> None:
     """Make the folders of files to come, and make sure that they can be written.
+
+    Args:
+        paths: of the files.
+        flag: that named them, for errors.
 
     Raises:
         OSError: They cannot; better known before days of prediction than after.
     """
+    paths = list(paths)
+    if folders := [path for path in paths if path.is_dir()]:
+        raise IsADirectoryError(f"{flag}: {folders[0]} is a folder, and a file was to be written there")
     for folder in sorted({path.parent for path in paths}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise OSError(f"--submission: cannot write into {folder}: {error}") from error
+            raise OSError(f"{flag}: cannot write into {folder}: {error}") from error
 
 
 def read_frames(row: Mapping[str, Any]) -> FramePair:

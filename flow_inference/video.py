@@ -132,11 +132,13 @@ class FlowVideo:
         if frame1 is None:
             return
         scene = _Scene(self, self.new_estimator(frame1.shape[0], frame1.shape[1]))
+        shown = frame1  # since when the picture is held: what drifts or fades slowly moves away from it in the end
         for index, frame2 in enumerate(frames):
-            if self.held_tolerance is not None and is_held(frame1, frame2, self.held_tolerance):
+            if self.held_tolerance is not None and is_held(shown, frame2, self.held_tolerance):
                 yield self._held(index, frame1, frame2)
             else:
                 yield scene.next_pair(index, frame1, frame2)
+                shown = frame2
             frame1 = frame2
 
     def _held(self, index: int, frame1: np.ndarray, frame2: np.ndarray) -> VideoFlow:
@@ -156,7 +158,7 @@ class _Scene:
 
     def next_pair(self, index: int, frame1: np.ndarray, frame2: np.ndarray) -> VideoFlow:
         """Estimate the pair that follows; frame 1 is what frame 2 was, or a copy of it."""
-        # A held frame differs from the one that was encoded by the noise of compression, if at all.
+        # If frame 1 is not what was encoded, it was held to be a copy of that.
         first = self.estimator.encode(frame1) if self.last is None else self.last
         second = self.estimator.encode(frame2)
         self.last = second

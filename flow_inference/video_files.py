@@ -105,10 +105,10 @@ class VideoWriter:
         with VideoWriter("flow.mp4", frame_rate=25) as video:
             video.write(picture)
 
-    What has been written is not lost. Until the end it is in `PATH.partial.mp4`, beside the file, which can be played
-    at any time, also after the process was killed or the disk was full. When the `with` block ends, also by an error
-    or Ctrl-C, it becomes the file (for a moment there are both), with the index at the front, so that browsers start
-    before they have all of it.
+    What has been written is not lost, but for the last seconds. Until the end it is in `PATH.partial.mp4`, beside the
+    file, which can be played at any time, also after the process was killed or the disk was full. When the `with`
+    block ends, also by an error or Ctrl-C, it becomes the file (for a moment there are both), with the index at the
+    front, so that browsers start before they have all of it.
 
     The format (yuv420p, as nothing else plays everywhere) stores colour at half the resolution: edges of flow colours
     bleed by a pixel. Sides are even in it, so the last column or row of odd sizes is repeated.
@@ -141,7 +141,7 @@ class VideoWriter:
         self._failed = self._closed = False
         with self._naming_the_file():
             # fragments can be played without the index, which a killed process has not written
-            options = {"movflags": "hybrid_fragmented"}
+            options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
             self._container = av.open(_url(self.partial), "w", format="mp4", container_options=options)
 
     def write(self, picture: np.ndarray) -> None:
@@ -204,7 +204,10 @@ class VideoWriter:
         self.close()
 
     def _add_stream(self, height: int, width: int) -> Any:
-        stream: Any = self._container.add_stream("libx264", rate=self.frame_rate, options={"crf": str(self.crf)})
+        # A fragment ends where a keyframe comes, and all that the encoder looks ahead at is in no file yet.
+        second = str(max(1, round(self.frame_rate)))
+        options = {"crf": str(self.crf), "g": second, "rc-lookahead": "10", "bf": "2"}
+        stream: Any = self._container.add_stream("libx264", rate=self.frame_rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709

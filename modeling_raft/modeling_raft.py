@@ -183,7 +183,8 @@ class ConvGRU(nn.Module):
         weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
         of_hidden, of_context, of_motion = weight.split(self.channels, dim=1)
         part = F.conv2d(context, of_context, bias, padding=convs[0].padding)
-        return part, torch.cat([of_hidden, of_motion], dim=1)
+        # Autocast would cast it in every update: it remembers that for parameters only.
+        return part, torch.cat([of_hidden, of_motion], dim=1).to(part.dtype)
 
     def forward(
         self,

@@ -49,7 +49,13 @@ def moving_shapes(
         hidden = following[to_y.clip(0, height - 1), to_x.clip(0, width - 1)] != layer
         flows.append(flow)
         occluded.append(outside | hidden)
-    return MovingShapes(np.stack(frames), np.stack(flows), np.stack(occluded), np.stack(layers))
+    empty = np.zeros((0, height, width))
+    return MovingShapes(
+        np.stack(frames),
+        np.stack(flows) if flows else empty[..., None].repeat(2, -1),
+        np.stack(occluded) if occluded else empty.astype(bool),
+        np.stack(layers),
+    )
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -414,7 +414,7 @@ def test_protocol_of_kitti_pads_the_bottom(monkeypatch, model_dir):
 )
 def test_mistakes_are_named(arguments, message, model_dir, capsys):
     with pytest.raises(SystemExit) as error:
-        evaluate_flow.main(["--model", str(model_dir), "--synthetic_num_pairs", "1", *arguments.split()])
+        evaluate_flow.main(["--model", str(model_dir), *arguments.split()])
     assert message in capsys.readouterr().err + str(error.value)
 
 

@@ -153,7 +153,8 @@ def test_max_side_gives_flow_in_pixels_of_the_frames(film):
     for name, frame in zip(("c.png", "d.png"), large, strict=True):
         Image.fromarray(frame).save(folder / name)
     pair = [str(folder / "c.png"), str(folder / "d.png"), "--output", str(folder / "out.flo")]
-    predict_flow.main([*arguments, *pair, "--max_side", "160"])
+    alone = [word for word in arguments if word not in ("--warm_num_flow_updates", "2")]
+    predict_flow.main([*alone, *pair, "--max_side", "160"])
     flow, _ = read_flow(folder / "out.flo")
     assert flow.shape == (262, 308, 2)
     small = [cv2.resize(frame, (160, 136), interpolation=cv2.INTER_AREA) for frame in large]
@@ -184,7 +185,9 @@ def test_small_images_are_enlarged(job, size):
         ({0: "--num_flow_updates=0"}, "at least 1; got 0"),
         ({0: "--max_side=50"}, "max_side must be at least 128; got 50"),
         ({0: "--mixed_precision=fp16"}, "fp16 needs a GPU"),
-        ({0: "--colour_scale=-1"}, "--colour_scale must be positive and finite"),
+        ({0: "--colour_scale=2"}, "--colour_scale has no use here: no colours are written"),
+        ({0: "--frame_rate=2"}, "--frame_rate has no use here: no video is written"),
+        ({0: "--no_warm_start"}, "--no_warm_start has no use here: two images have no pair before them"),
         ({0: "c.png"}, "expected two images, a folder, or --video; got 3 paths"),
         ({0: "--video=x.mp4"}, "not both"),
     ],
@@ -211,12 +214,24 @@ def test_mistakes_are_named(job, change, message, capsys):
 def test_mistakes_with_films_are_named(film, capsys):
     folder, frames, arguments = film
     Image.fromarray(frames[0]).save(folder / "frames" / "f8.jpg")
+    before = (folder / "film.mp4").read_bytes()
+    (folder / "beside").mkdir()
+    for name in ("a", "a_backward", "b"):
+        Image.fromarray(frames[0]).save(folder / "beside" / f"{name}.png")
     (folder / "one").mkdir()
     Image.fromarray(frames[0]).save(folder / "one" / "a.png")
     (folder / "empty").mkdir()
     (folder / "text.mp4").write_text("no video")
     for words, message in (
-        (f"{folder / 'frames'} --output {folder / 'x'}", "pictures of one name, whose flows would be, too: f8"),
+        (f"{folder / 'frames'} --output {folder / 'x'}", "several results would be written to f8.flo"),
+        (f"{folder / 'beside'} --output {folder / 'x'} --backward", "several results would be written to a_backward"),
+        (
+            f"{folder / 'beside'} --output {folder / 'beside'} --format colour",
+            "a.png is read, and would be overwritten",
+        ),
+        (f"{folder / 'film.mp4'} --output {folder / 'x'}", "film.mp4 is a video: give it with --video"),
+        (f"--video {folder / 'film.mp4'} --output {folder / 'film.mp4'}", "film.mp4 is read, and would be overwr"),
+        (f"--video {folder / 'film.mp4'} --output {folder / 'x.mp4'} --colour_scale -1", "must be positive and fin"),
         (f"{folder / 'one'} --output {folder / 'x'}", "flow takes two frames, and there is one"),
         (f"{folder / 'empty'} --output {folder / 'x'}", "no pictures in this folder"),
         (f"--video {folder / 'text.mp4'} --output {folder / 'x'}", "text.mp4"),
@@ -227,6 +242,7 @@ def test_mistakes_with_films_are_named(film, capsys):
             predict_flow.main([*arguments, *words.split()])
         assert message in capsys.readouterr().err + str(error.value)
         assert not (folder / "x").exists() and not list(folder.glob("x.*"))
+    assert (folder / "film.mp4").read_bytes() == before
 
 
 def test_what_was_done_before_a_fault_stays(film, capsys):

@@ -153,6 +153,8 @@ def test_a_jump_is_measured_by_its_scene():
     for _ in range(30):
         watch.remember(10)
     assert watch.jumps(31) and not watch.jumps(29)
+    watch.remember(30)  # an outlier raises what is usual a little
+    assert not watch.jumps(41) and watch.jumps(43)
     watch.forget()
     assert not watch.jumps(39)
 
@@ -176,6 +178,33 @@ def test_a_new_scene_is_measured_anew(model, shapes, monkeypatch):
     errors = iter([3.0, 30.0, 5.0, 3.0, 3.0])
     pairs = list(FlowVideo(model, shapes.frames, num_flow_updates=2, warm_num_flow_updates=1))
     assert [(pair.cut, pair.warm) for pair in pairs] == [(False, False), (False, False), (False, True), (False, True)]
+
+
+def test_slow_drift_and_fades_are_not_held_for_ever(model):
+    """Each frame is nearly a copy of the one before it, and the last none of the first."""
+    texture = moving_shapes(1, 144, 256 + 16, [(0, 0)]).frames[0]
+    drifting = [
+        cv2.warpAffine(texture, np.float32([[1, 0, -0.06 * i], [0, 1, 0]]), (256, 144), flags=cv2.INTER_CUBIC)
+        for i in range(12)
+    ]
+    fading = [(texture[:, :256] * 0.992**i).astype(np.uint8) for i in range(12)]
+    for frames in (drifting, fading):
+        assert is_held(frames[0], frames[1]) and not is_held(frames[0], frames[-1])
+        held = [pair.held for pair in FlowVideo(model, frames, num_flow_updates=1, warm_num_flow_updates=1)]
+        assert any(held) and not all(held)
+
+
+def test_a_generator_may_use_one_buffer_for_all_frames(model, shapes):
+    def frames():
+        buffer = np.empty_like(shapes.frames[0])
+        for frame in shapes.frames:
+            buffer[:] = frame
+            yield buffer
+
+    options = {"num_flow_updates": 1, "warm_num_flow_updates": 1}
+    expected = list(FlowVideo(model, shapes.frames, **options))
+    for pair, other in zip(FlowVideo(model, frames(), **options), expected, strict=True):
+        assert torch.equal(pair.flow, other.flow) and np.array_equal(pair.frame1, other.frame1) and not pair.held
 
 
 @pytest.mark.slow

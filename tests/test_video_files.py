@@ -348,6 +348,36 @@ def test_a_killed_process_leaves_a_partial_file_that_plays(tmp_path):
     assert len(frames) > 100 and not path.exists()
 
 
+WRITE_CALMLY = """
+import sys, time
+import numpy as np
+from flow_inference.video_files import VideoWriter
+video = VideoWriter(sys.argv[1], 24)
+for number in range(96):
+    picture = np.zeros((72, 128, 3), np.uint8)
+    picture[:, :number] = 200
+    video.write(picture)
+print("written", flush=True)
+time.sleep(100)
+"""
+
+
+def test_of_a_killed_calm_video_only_the_last_seconds_are_lost(tmp_path):
+    """It compresses so well that it would fit into the buffers on its way to the file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE_CALMLY, tmp_path / "a.mp4"], cwd=PROJECT, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"written\n"
+    process.kill()
+    process.communicate()
+    frames = []
+    try:
+        frames.extend(VideoReader(tmp_path / "a.mp4.partial.mp4"))
+    except ValueError as error:
+        assert "cut off after" in str(error)
+    assert len(frames) >= 96 - 48
+
+
 def test_an_older_video_stays_until_the_new_one_is_whole(tmp_path):
     path = write_video(tmp_path / "a.mp4", moving_pattern(3))
     before = path.read_bytes()
