@@ -198,7 +198,8 @@ def test_a_process_without_the_package_loads_it_as_remote_code(tmp_path):
     image = torch.arange(64 * 72 * 3, dtype=torch.uint8).reshape(64, 72, 3).numpy()
     with torch.no_grad():
         outputs = model(**processor([image, image[::-1].copy()], return_tensors="pt"))
-    assert outputs.flow.double().sum().item() == total
+    # Not to the bit: the processes may run different numbers of threads.
+    assert outputs.flow.double().sum().item() == pytest.approx(total, rel=1e-6)
     assert (tmp_path / "again" / "modeling_raft.py").is_file()  # and can be shared on from there
 
 
