@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flow_data.flow_io import FLOW_SUFFIXES
-from flow_data.pairing import Pair, first_few, listing
+from flow_data.pairing import Pair, first_few
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def read_table(path: str) -> list[Pair]:
         ValueError: no line can be used, or the file is no such table.
     """
     folder = os.path.dirname(path)
-    list_once = functools.cache(listing)
+    list_once = functools.cache(_files_in)
     read: dict[int, Pair] = {}
     faults: dict[int, str] = {}
     for line, cells in _lines(path):
@@ -81,6 +81,15 @@ def read_table(path: str) -> list[Pair]:
     if faults:
         logger.warning("pairs: left out %d lines of %s: %s", len(faults), path, told)
     return list(records.values())
+
+
+def _files_in(folder: str) -> set[str]:
+    """Names in a folder but for those of folders; none if there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if not entry.is_dir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def _stem(pair: Pair) -> str:

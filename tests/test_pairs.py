@@ -231,6 +231,12 @@ def test_any_text_is_told_to_be_no_table(tmp_path, text, suffix):
         load_source("pairs", tmp_path / f"a.{suffix}")
 
 
+def test_folders_are_no_files(folder):
+    write_csv(folder / "pairs.csv", "files,..,,")
+    with pytest.raises(ValueError, match=r"line 2 \(no such file: files\)"):
+        load_source("pairs", folder)
+
+
 def test_names_that_are_too_long(folder):
     write_csv(folder / "pairs.csv", f"{'a' * 5000}/1.png,files/3_img2.png,,")
     with pytest.raises(ValueError, match=r"line 2 \(File name too long: aaa"):
