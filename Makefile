@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: quickstart test quality style bench
+.PHONY: quickstart test test-hf quality style bench
 
 quickstart: $(INSTALLED)
 	rm -rf outputs/quickstart
@@ -16,6 +16,12 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+
+# transformers' own tests of models, configurations and image processors, of the installed version
+test-hf: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet --editable ".[test,hf-tests]"
+	$(PYTHON) tests/transformers_own/fetch_tests.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/transformers_own -rs
 
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks.bench_data --output outputs/benchmarks/data.json

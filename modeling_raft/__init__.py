@@ -1,13 +1,16 @@
 """RAFT for optical flow as a Hugging Face model."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_raft import RaftConfig
 from .image_processing_raft import RaftImageProcessor
 from .loss_raft import sequence_loss
 from .modeling_raft import RaftForOpticalFlow, RaftOutput
+from .pipeline_raft import OpticalFlowPipeline
 
 __all__ = [
+    "OpticalFlowPipeline",
     "RaftConfig",
     "RaftForOpticalFlow",
     "RaftImageProcessor",
@@ -23,3 +26,5 @@ RaftImageProcessor.register_for_auto_class("AutoImageProcessor")
 AutoConfig.register("raft", RaftConfig, exist_ok=True)
 AutoModel.register(RaftConfig, RaftForOpticalFlow, exist_ok=True)
 AutoImageProcessor.register(RaftConfig, image_processor_classes={"torchvision": RaftImageProcessor}, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline("optical-flow", OpticalFlowPipeline, pt_model=AutoModel, type="image")
+RaftConfig.pipeline_is_registered = True

@@ -1,7 +1,15 @@
 """The architecture of a RAFT model, and the few numbers of its loss, as a Hugging Face configuration."""
 
+import copy
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+# What config.json says of the pipeline (pipeline_raft.py), in the words of Pipeline.save_pretrained.
+CUSTOM_PIPELINES: dict[str, dict[str, Any]] = {
+    "optical-flow": {"impl": "pipeline_raft.OpticalFlowPipeline", "pt": ["AutoModel"], "type": "image"}
+}
 
 
 @strict
@@ -37,6 +45,7 @@ class RaftConfig(PreTrainedConfig):
 
     model_type = "raft"
     attribute_map = {"hidden_size": "hidden_dim"}
+    pipeline_is_registered = False  # the package registers it, and needs none from beside the weights
 
     feature_dim: int = 256
     hidden_dim: int = 128
@@ -91,7 +100,13 @@ class RaftConfig(PreTrainedConfig):
         self.motion_corr_widths = list(self.motion_corr_widths)
         self.motion_flow_widths = list(self.motion_flow_widths)
         self.gru_kernels = [list(kernel) for kernel in self.gru_kernels]
+        # Where `pipeline()` finds one here, it wants to be trusted with the code. It also changes what it finds.
+        kwargs["custom_pipelines"] = {} if self.pipeline_is_registered else copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, and always with the pipeline, wherever this configuration is from."""
+        return super().to_dict() | {"custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     def validate_choices(self):
         """Refuse a word that names no variant."""

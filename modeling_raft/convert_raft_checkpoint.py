@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from .configuration_raft import RaftConfig
 from .image_processing_raft import RaftImageProcessor
 from .modeling_raft import RaftForOpticalFlow
+from .pipeline_raft import save_pretrained_with_pipeline
 
 WEIGHT_FILE_SUFFIXES = (".pth", ".pt")
 
@@ -177,8 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         model = convert_file(args.source)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    model.save_pretrained(args.out_dir)
-    RaftImageProcessor().save_pretrained(args.out_dir)
+    save_pretrained_with_pipeline(model, RaftImageProcessor(), args.out_dir)
     size = "small" if model.config.encoder_block == "bottleneck" else "large"
     print(f"{args.out_dir}: RAFT ({size}), {model.num_parameters():,} parameters")
 

@@ -33,7 +33,9 @@ def sample_bilinear(maps: Tensor, coordinates: Tensor) -> Tensor:
     height, width = maps.shape[-2:]
     # With align_corners=False the map's edges, not its pixels' centres, lie at -1 and 1, so that a map of a single
     # pixel has a scale too: with align_corners=True one would divide by size - 1.
-    scale = coordinates.new_tensor([2 / width, 2 / height])
+    # Tensors are divided, not numbers, which torch.export would take for constants.
+    two = coordinates.new_full((), 2)
+    scale = torch.stack([two / width, two / height])
     grid = (coordinates + 0.5) * scale - 1
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

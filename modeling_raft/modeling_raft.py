@@ -8,6 +8,7 @@ Shapes: `B` batch, `H W` image, `h w` 1/8 grid, `L` correlation levels, `K` corr
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from transformers.utils import ModelOutput
 from .configuration_raft import RaftConfig
 from .correlation_raft import CorrelationPyramid, pixel_grid
 from .loss_raft import sequence_loss
+
+if TYPE_CHECKING:  # imports nothing; but save_pretrained, which copies the files that this one imports, takes it along
+    from .pipeline_raft import OpticalFlowPipeline  # noqa: F401
 
 GRID = 8  # image pixels per pixel of the grid on which flow is estimated
 FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
@@ -151,6 +155,17 @@ class MotionEncoder(nn.Module):
         return torch.cat([motion, flow], dim=1)
 
 
+class GateConv(nn.Conv2d):
+    """A convolution of `ConvGRU`, which takes its weights apart: a call returns them, `(weight, bias)`.
+
+    Only a call runs the hooks that bring offloaded weights (`from_pretrained(..., device_map=...)`); as attributes
+    these are tensors without data, with which torch computes anything, and no error.
+    """
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.weight, self.bias  # type: ignore[return-value]  # it has a bias
+
+
 class ConvGRU(nn.Module):
     """A gated recurrent unit whose products are convolutions (paper section 3.3, equations 3 to 6).
 
@@ -162,9 +177,9 @@ class ConvGRU(nn.Module):
         super().__init__()
         self.channels = [hidden_dim, context_dim, motion_dim]
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        self.update_gate = nn.Conv2d(sum(self.channels), hidden_dim, kernel_size, padding=padding)
-        self.reset_gate = nn.Conv2d(sum(self.channels), hidden_dim, kernel_size, padding=padding)
-        self.candidate = nn.Conv2d(sum(self.channels), hidden_dim, kernel_size, padding=padding)
+        self.update_gate = GateConv(sum(self.channels), hidden_dim, kernel_size, padding=padding)
+        self.reset_gate = GateConv(sum(self.channels), hidden_dim, kernel_size, padding=padding)
+        self.candidate = GateConv(sum(self.channels), hidden_dim, kernel_size, padding=padding)
 
     def prepare(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What all updates of a pair share.
@@ -178,11 +193,11 @@ class ConvGRU(nn.Module):
         """
         return *self._split(context, self.update_gate, self.reset_gate), *self._split(context, self.candidate)
 
-    def _split(self, context: Tensor, *convs: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    def _split(self, context: Tensor, *convs: GateConv) -> tuple[Tensor, Tensor]:
         """Several convolutions of the same input as one: the context's part of it, and the weights of the rest."""
-        weight, bias = (torch.cat([getattr(conv, name) for conv in convs]) for name in ("weight", "bias"))
+        weight, bias = (torch.cat(tensors) for tensors in zip(*(conv() for conv in convs), strict=True))
         of_hidden, of_context, of_motion = weight.split(self.channels, dim=1)
-        part = F.conv2d(context, of_context, bias, padding=convs[0].padding)
+        part = F.conv2d(context.to(weight.device), of_context, bias, padding=convs[0].padding)
         # Autocast would cast it in every update: it remembers that for parameters only.
         return part, torch.cat([of_hidden, of_motion], dim=1).to(part.dtype)
 
@@ -302,6 +317,27 @@ class RaftForOpticalFlow(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but never from a pickle, such as pytorch_model.bin: reading one can run code.
+
+        Raises:
+            ValueError: `use_safetensors=False`.
+            OSError: There are no weights in safetensors.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors must not be False: weights are read from safetensors only")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs | {"use_safetensors": True})
+        except OSError as error:
+            if "does not appear to have a file named" in str(error) or "no file named" in str(error):
+                raise OSError(
+                    f"{pretrained_model_name_or_path} has no weights in safetensors (model.safetensors). Pickled ones "
+                    "(pytorch_model.bin) are not read, since that can run code: ask for them to be saved again with "
+                    "save_pretrained, or convert a file that you trust."
+                ) from error
+            raise
+
     def train(self, mode: bool = True) -> "RaftForOpticalFlow":
         """As in torch, but BatchNorm stays frozen where `config.freeze_batch_norm` says so."""
         super().train(mode)
@@ -348,7 +384,7 @@ class RaftForOpticalFlow(PreTrainedModel):
 
         # One pass for both frames is faster; instance norm keeps them apart.
         features = self.encode_features(pixel_values.transpose(0, 1).flatten(0, 1))
-        features1, features2 = features.chunk(2)
+        features1, features2 = features.unflatten(0, (2, -1)).unbind()
         hidden, context = self.encode_context(pixel_values[:, 0])
         keep_all = labels is not None or output_flow_predictions
         flow, flow_predictions = self.estimate(
@@ -404,14 +440,15 @@ class RaftForOpticalFlow(PreTrainedModel):
         batch, _, height, width = hidden.shape
         # Coordinates need float32: neighbouring pixels of a wide image are one number in half precision.
         dtype = torch.promote_types(self.dtype, torch.float32)
-        grid = pixel_grid(batch, height, width, dtype, hidden.device)
-        flow = torch.zeros_like(grid) if initial_flow is None else initial_flow.to(dtype)
+        # What no module holds is where the correlations are: device_map="auto" spreads modules over several devices.
+        grid = pixel_grid(batch, height, width, dtype, features1.device)
+        flow = torch.zeros_like(grid) if initial_flow is None else initial_flow.to(grid)
         shared = self.update_block.prepare(context)
         flow_predictions = []
         for i in range(num_flow_updates):
             flow = flow.detach()  # no gradient flows through the coordinates, as in the published training
             hidden, delta_flow = self.update_block(hidden, corr.lookup(grid + flow), flow, *shared)
-            flow = flow + delta_flow.to(dtype)
+            flow = flow + delta_flow.to(flow)
             if keep_all or i == num_flow_updates - 1:
                 flow_predictions.append(self.upsampler(hidden, flow))
         return flow, flow_predictions

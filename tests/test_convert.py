@@ -186,6 +186,7 @@ def test_a_process_without_the_package_loads_it_as_remote_code(tmp_path):
         "correlation_raft.py",
         "loss_raft.py",
         "image_processing_raft.py",
+        "pipeline_raft.py",
     }
     command = [sys.executable, "-I", "-c", BLOCK_PACKAGE + STRANGER, tmp_path / "model", tmp_path / "again"]
     result = subprocess.run(
