@@ -29,6 +29,8 @@ from flow_training.data import training_pairs, validation_sets
 from flow_training.evaluation import evaluate_sets
 from flow_training.metrics import error_sums
 from flow_training.model import batch_norm_batch, make_model, model_size
+from flow_training.model_card import read_lineage
+from flow_training.model_folder import write_run
 from flow_training.optimization import change_course, make_optimizer, make_schedule
 from flow_training.processes import describe_devices, make_accelerator, require_shared_folder, unwrap
 from flow_training.run import Run, Stopped, how_to_go_on
@@ -37,15 +39,14 @@ from flow_training.run_log import RunLog
 from flow_training.step_sums import STEP_SUMS, StepSums
 from flow_training.stopping import StopRequest, outlive_no_launcher
 from flow_training.summary import describe_run
+from flow_training.uploads import Uploads
 from modeling_raft import RaftOutput
-
-UPLOAD_FAILED = 3  # exit code: the training itself went well
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse_config(argv)
-    lock = repo_id = None
+    lock = uploads = None
     # Whatever is wrong with settings, files or tokens shows here, before the first step, in one line.
     try:
         accelerator, config = make_accelerator(config)
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = choose_checkpoint(output_dir, config.resume_from_checkpoint)
         pairs, validation = training_pairs(config), validation_sets(config)
         set_seed(config.seed)
-        model = make_model(config)
+        lineage, model = read_lineage(config.model_name_or_path), make_model(config)
         config = dataclasses.replace(config, model_size=model_size(model))
         num_pairs = {source.name: len(source.dataset) for source in pairs.sources}
         settings = config.trajectory(num_pairs, batch_norm_batch(model, config.per_device_train_batch_size))
@@ -63,14 +64,16 @@ def main(argv: list[str] | None = None) -> None:
             check_same_run(checkpoint, load_settings(checkpoint), settings)
         if config.push_to_hub and accelerator.is_main_process:
             model_id = config.hub_model_id or output_dir.resolve().name
-            repo_id = hub.create_repository(model_id, config.hub_token, config.hub_private_repo)
+            model_id = hub.create_repository(model_id, config.hub_token, config.hub_private_repo)
+            config = dataclasses.replace(config, hub_model_id=model_id)
     except (ValueError, OSError) as error:
         if lock is not None:
             lock.leave_no_trace()
         sys.exit(f"train_flow.py: error: {error}")
 
     accelerator.wait_for_everyone()  # all have looked before anyone writes
-    optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay)
+    fused = accelerator.scaler is None
+    optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay, fused)
     schedule = make_schedule(optimizer, config.learning_rate, config.max_train_steps)
     progress = RunProgress(len(STEP_SUMS))
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -102,17 +105,18 @@ def main(argv: list[str] | None = None) -> None:
         total=config.max_train_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
     )
     sums, stop = StepSums(loss_scaled=accelerator.scaler is not None), StopRequest()
-    run = Run(config, settings, accelerator, prepared, pairs, validation, progress, log, bar, sums, stop)
+    if config.push_to_hub and accelerator.is_main_process:
+        uploads = Uploads(output_dir, str(config.hub_model_id), config.hub_token, bar.write)
+    run = Run(
+        config, settings, accelerator, prepared, pairs, validation, progress, log, bar, sums, stop, lineage, uploads
+    )
 
-    started = time.perf_counter()
     try:
         with stop:
             outlive_no_launcher()
             train(run, optimizer, schedule)
         if accelerator.is_main_process:
-            seconds = time.perf_counter() - started
-            model, devices = unwrap(accelerator, prepared), describe_devices(accelerator)
-            hub.write_run(output_dir, model, config.to_dict(), run.reports, seconds, devices)
+            write_run(output_dir, unwrap(accelerator, prepared), run.record())
             print(f"weights, model card and log are in {output_dir}")
     except Stopped as stopped:
         bar.close()
@@ -128,8 +132,8 @@ def main(argv: list[str] | None = None) -> None:
         heard = accelerator.is_main_process or isinstance(error, (DataError, OSError))  # which one process may have
         sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv, output_dir)}" if heard else 1)
     accelerator.end_training()
-    if repo_id is not None:
-        push(output_dir, repo_id, config)
+    if uploads is not None:
+        push(uploads, config)
     if lock is not None:
         lock.close()
 
@@ -188,10 +192,13 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
             run.save()
         if validating:
             run.validate()
+        if saving and not last and config.hub_strategy == "every_save":  # after the validation, for the card
+            run.upload()
         logged += time.perf_counter() - paused  # neither is training time
     run.bar.close()
     if run.validation and not run.reports:  # a finished run was resumed: its card still needs the figures
         run.reports = evaluate_sets(unwrap(accelerator, model), run.validation, accelerator)
+        run.reports_step = progress.step
 
 
 def training_errors(output: RaftOutput, batch: dict[str, Tensor], max_flow: float) -> Tensor:
@@ -210,19 +217,19 @@ def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
             tracker.store_init_configuration(config.to_dict())
 
 
-def push(output_dir: Path, repo_id: str, config: TrainingConfig) -> None:
-    """Upload; what fails here costs no work."""
-    try:
-        print(f"pushed: {hub.push_run(output_dir, repo_id, config.hub_token)}")
-    except Exception as error:  # whatever it is: the weights are safe, and the user should know how to go on
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        print(
-            f"train_flow.py: error: training is done and {output_dir} is whole, but the upload to {repo_id} failed: "
-            f"{error}{cause}\nUpload it later with:  hf upload {repo_id} {output_dir} . "
-            "--exclude 'checkpoint-*' --exclude 'logs/*'",
-            file=sys.stderr,
-        )
-        sys.exit(UPLOAD_FAILED)
+def push(uploads: Uploads, config: TrainingConfig) -> None:
+    """Upload the finished run; what fails here costs no work, and the user is told how to go on."""
+    failure = uploads.push_final()
+    if failure is None:
+        return
+    token = "" if config.hub_token is None else "\n(with your token in HF_TOKEN, or after --token)"
+    print(
+        f"train_flow.py: error: training is done and {config.output_dir} is whole, but the upload to "
+        f"{uploads.repo_id} {failure}\n"
+        f"Push it later with:  {hub.push_command(uploads.output_dir, uploads.repo_id)}{token}",
+        file=sys.stderr,
+    )
+    sys.exit(hub.UPLOAD_FAILED)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def main() -> None:
         sys.exit("bench_step: measures one process")
     set_seed(config.seed)
     model = make_model(config)
-    optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay)
+    fused = accelerator.scaler is None
+    optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay, fused)
     schedule = make_schedule(optimizer, config.learning_rate, config.max_train_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()

@@ -12,6 +12,8 @@ from typing import Any, Literal, NoReturn, get_type_hints
 
 import numpy as np
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from flow_data.augmentation_recipe import MAX_ZOOM
@@ -34,7 +36,7 @@ MAX_COUNT = 10**9  # of anything that is counted: more is a slip of the keyboard
 FREE_ON_RESUME = frozenset(
     "output_dir data_root pairs_path streaming skip_bad_samples dataloader_num_workers per_device_train_batch_size "
     "gradient_checkpointing logging_steps report_to validation_sets validation_steps synthetic_validation_pairs "
-    "checkpointing_steps checkpoints_total_limit push_to_hub hub_model_id hub_private_repo".split()
+    "checkpointing_steps checkpoints_total_limit push_to_hub hub_strategy hub_model_id hub_private_repo".split()
 )
 
 
@@ -148,9 +150,14 @@ class TrainingConfig:
     allow_config_changes: bool = option(False, "Go on from a checkpoint although settings have changed that matter.")
 
     # Hub
-    push_to_hub: bool = option(False, "Push the final model to the Hub.")
+    push_to_hub: bool = option(
+        False, "Push the model to the Hub; the repository is made, and the token tried, before training."
+    )
+    hub_strategy: Literal["end", "every_save"] = option(
+        "end", "Push the model at the end; or also as of each checkpoint, in the background, with a card that says so."
+    )
     hub_model_id: str | None = option(None, "Repository user/name; default: output_dir's name, of the token's user.")
-    hub_token: str | None = option(None, "Token to push with; default: the one you logged in with.")
+    hub_token: str | None = option(None, "Token to push with; default: HF_TOKEN, or the one you logged in with.")
     hub_private_repo: bool = option(False, "Make the repository private if it is new.")
 
     def __post_init__(self) -> None:
@@ -189,6 +196,11 @@ class TrainingConfig:
             raise ValueError(f"config_overrides: {name} is set by the run's {SET_BY_FLAGS[name]}; give that instead")
         if self.model_name_or_path is not None and self.config_overrides:
             raise ValueError("config_overrides shape a model from scratch, but model_name_or_path gives weights")
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise ValueError(f"hub_model_id: {self.hub_model_id} is no user/name: {error}") from error
         self._check_ranges()
         self._check_numbers()
 

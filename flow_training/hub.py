@@ -1,178 +1,187 @@
-"""What a run gives away: weights, processor, model card, settings; in its folder and, if asked, on the Hub."""
+"""Push a finished run to the Hub, after training or whenever an upload has failed.
 
-import importlib.metadata
+python -m flow_training.hub push DIR user/name [--private] [--token TOKEN]
+
+Exit codes: 0, it is pushed; 1, DIR is no finished run; 2, the command is wrong; 3, the Hub refuses or is not reached.
+"""
+
+import argparse
+import json
 import os
-import platform
-import shutil
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 import yaml
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id
 
-from flow_data.licences import PROVENANCE
-from flow_training.model import model_size
-from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+# Nothing here needs torch or the model: each upload is a process of its own, which starts in a moment.
+PROG = "flow_training.hub"
+UPLOAD_FAILED = 3  # exit code, also of train_flow.py: the training itself went well
+TIMEOUT = 60.0  # seconds without a byte from the Hub or to it; the client by itself waits for ever
 
-CARD_TEMPLATE = "model_card.md"
-RUN_CONFIG = "run_config.yaml"
-PUBLISHED_FILES = ["*.safetensors", "config.json", "preprocessor_config.json", "*.py", "README.md", RUN_CONFIG]
-
-METRIC_NAMES = {
-    "epe": "End-point error, pooled over pixels (px)",
-    "epe_per_image": "End-point error, mean of images (px)",
-    "fl_all": "Fl-all, pooled over pixels (%)",
-    "fl_all_per_image": "Fl-all, mean of images (%)",
-}
-
-
-def find_card_template() -> Path:
-    """The card's template: in a checkout beside the packages, else where the installation put it."""
-    path = Path(__file__).resolve().parents[1] / CARD_TEMPLATE
-    if path.is_file():
-        return path
-    for file in importlib.metadata.files("raft-flow-trainer") or []:
-        if file.name == CARD_TEMPLATE:
-            return Path(str(file.locate())).resolve()
-    raise FileNotFoundError(f"{CARD_TEMPLATE} is neither beside the packages nor in the installation; install again")
-
-
-def write_run(
-    output_dir: Path,
-    model: RaftForOpticalFlow,
-    run_config: dict[str, Any],
-    reports: dict[str, dict[str, Any]],
-    seconds: float,
-    device: str,
-) -> None:
-    """Write everything that a finished run publishes, each file whole or not at all.
-
-    Args:
-        output_dir: The run's folder.
-        model: The final weights.
-        run_config: Every resolved setting.
-        reports: Validation set -> last report of `flow_training.evaluation`; may be empty.
-        seconds: That this process trained.
-        device: It trained on, in words.
-
-    Raises:
-        OSError: It cannot be written, for example to a full disk.
-    """
-    unfinished = output_dir / "unfinished-model"
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    card = fill_card(output_dir.resolve().name, model, run_config, reports, seconds, device)
-    try:
-        model.save_pretrained(unfinished)
-        RaftImageProcessor(min_size=model.config.min_image_size).save_pretrained(unfinished)
-        (unfinished / RUN_CONFIG).write_text(yaml.safe_dump(run_config, sort_keys=False))
-        card.save(unfinished / "README.md")
-        # The weights come last: where they are, the run is done and everything else is there too.
-        mode = (unfinished / RUN_CONFIG).stat().st_mode  # safetensors keeps others out, against the umask
-        for path in sorted(unfinished.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            path.chmod(mode)
-            os.replace(path, output_dir / path.name)
-    except Exception as error:  # of the file system or safetensors, each in its own type
-        raise OSError(f"cannot write the final weights to {output_dir}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def fill_card(
-    name: str,
-    model: RaftForOpticalFlow,
-    run_config: dict[str, Any],
-    reports: dict[str, dict[str, Any]],
-    seconds: float,
-    device: str,
-) -> ModelCard:
-    """The model card: only what the run did and measured."""
-    results = [
-        EvalResult(
-            task_type="optical-flow",
-            task_name="Optical flow",
-            dataset_type=set_name.partition(":")[0],
-            dataset_name=set_name,
-            dataset_args={"num_flow_updates": report["protocol"]["num_flow_updates"]},
-            metric_type=metric,
-            metric_name=metric_name,
-            metric_value=round(report["metrics"][metric], 4),
-        )
-        for set_name, report in reports.items()
-        for metric, metric_name in METRIC_NAMES.items()
-    ]
-    data = ModelCardData(
-        library_name="transformers",
-        tags=["optical-flow", "raft"],
-        datasets=_hub_datasets(run_config),
-        model_name=name,
-        eval_results=results or None,
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(find_card_template()),
-        name=name,
-        source=run_config["hub_model_id"] or run_config["output_dir"],
-        size=model_size(model),
-        num_parameters=f"{model.num_parameters():,}",
-        num_flow_updates=run_config["num_flow_updates"],
-        min_size=model.config.min_image_size,
-        start=run_config["model_name_or_path"],
-        training_data=_training_data(run_config),
-        recipe={key: _cell(value) for key, value in run_config.items() if not key.startswith("hub_")},
-        reports=reports,
-        metric_names=METRIC_NAMES,
-        steps=run_config["max_train_steps"],
-        hours=f"{seconds / 3600:.2f}",
-        device=device,
-        versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {importlib.metadata.version('transformers')}",
-    )
-
-
-def _training_data(run_config: dict[str, Any]) -> list[tuple[str, int]]:
-    """(what the model was trained on, how often an epoch) of each source."""
-    mix = [
-        (f"{PROVENANCE[source].title} ({PROVENANCE[source].terms})", repeats)
-        for source, repeats in run_config["train_mix"].items()
-    ]
-    name = run_config["dataset_name"]
-    return mix if name is None else [(f"`{name}` on the Hub (its page states its terms)", 1), *mix]
-
-
-def _hub_datasets(run_config: dict[str, Any]) -> list[str] | None:
-    """What the Hub links the model to; a local folder is none of its data sets."""
-    name = run_config["dataset_name"]
-    return None if name is None or Path(name).exists() else [name]
-
-
-def _cell(value: Any) -> str:
-    """A value inside a table of Markdown."""
-    return str(value).replace("|", "\\|")
+RUN_CONFIG, CARD = "run_config.yaml", "README.md"
+FINISHED_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", RUN_CONFIG, CARD)
+PUBLISHED_FILES = (*FINISHED_FILES, "*.py")  # of the folder itself: neither checkpoints nor logs
 
 
 def create_repository(model_id: str, token: str | None, private: bool) -> str:
-    """Create the repository, or find it, before a run starts: a token that will not do is then known at once.
+    """Create the repository, or find it, and make sure that it can be written.
+
+    Called before a run starts: a token that will not do is then known at once.
 
     Returns:
         Its full id, user/name.
 
     Raises:
-        ValueError: It cannot be created, for whatever reason of token, name or network.
+        OSError: It cannot be created or written, for whatever reason of token, name or network.
     """
     try:
-        return HfApi(token=token).create_repo(model_id, private=private, exist_ok=True).repo_id
-    except Exception as error:
-        raise ValueError(f"push_to_hub: cannot create {model_id}: {error}") from error
+        api = _api(token)
+        repo_id = api.create_repo(model_id, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)  # a token that may only read finds an existing repository, too
+    except Exception as error:  # what the client raises, in many types
+        place = f"{model_id} on the Hub, {constants.ENDPOINT}"
+        raise OSError(f"cannot create {place}, or write to it: {_reason(error, token)}") from error
+    return repo_id
 
 
-def push_run(output_dir: Path, repo_id: str, token: str | None) -> str:
-    """Upload what a run publishes, without checkpoints and logs; returns the commit's address."""
-    return HfApi(token=token).upload_folder(
-        folder_path=output_dir,
-        repo_id=repo_id,
-        allow_patterns=PUBLISHED_FILES,
-        ignore_patterns=["*checkpoint-*/*", "logs/*"],
-        commit_message="Upload RAFT",
-    )
+def check_finished(folder: Path) -> None:
+    """Raise FileNotFoundError, with what is missing, where a folder holds no finished run."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} holds no finished run: {', '.join(missing)} not there. Give a run's output_dir; one that has "
+            "not ended goes on with train_flow.py --resume_from_checkpoint latest"
+        )
+
+
+def push_folder(folder: Path, repo_id: str, token: str | None, message: str) -> str:
+    """Upload what a run publishes, in one commit: whoever downloads it has all of it, or all of the one before.
+
+    Args:
+        folder: A run's, or one with the same files.
+        repo_id: An existing repository, user/name.
+        token: None is the one that is logged in.
+        message: Of the commit.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        OSError: A file cannot be read, or the Hub refuses or cannot be reached, after some attempts.
+    """
+    try:
+        paths = sorted({path for pattern in PUBLISHED_FILES for path in folder.glob(pattern)} - {folder / CARD})
+        operations = [CommitOperationAdd(path.name, path) for path in paths]
+        operations.append(CommitOperationAdd(CARD, _card_for(folder, repo_id)))
+        return _api(token).create_commit(repo_id, operations, commit_message=message).commit_url
+    except Exception as error:  # what the client raises, in many types
+        raise OSError(f"cannot push {folder} to {repo_id}: {_reason(error, token)}") from error
+
+
+def push_command(folder: Path, repo_id: str) -> str:
+    """The command that pushes a finished run later."""
+    return shlex.join(["python", "-m", PROG, "push", str(folder), repo_id])
+
+
+def loaded_from(run_config: dict[str, Any]) -> str:
+    """What a run's card tells users to load: the repository that it is pushed to, else its folder."""
+    pushed = run_config.get("push_to_hub") and run_config.get("hub_model_id")
+    return str(pushed or run_config["output_dir"])
+
+
+def quoted(text: str) -> str:
+    """A string of Python code, in the card."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _card_for(folder: Path, repo_id: str) -> bytes:
+    """The card, with code that loads the model from where it is pushed to, wherever that was meant to be."""
+    run_config = yaml.safe_load((folder / RUN_CONFIG).read_text())
+    return (folder / CARD).read_text().replace(quoted(loaded_from(run_config)), quoted(repo_id)).encode()
+
+
+def _api(token: str | None) -> HfApi:
+    get_session().timeout = TIMEOUT
+    return HfApi(token=token)
+
+
+def _reason(error: BaseException, token: str | None) -> str:
+    """Why the client or the Hub refused, in one line, with what helps; without the token, which errors may quote."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and not isinstance(chain[-1], HfHubHTTPError):
+        chain.append(chain[-1].__cause__)
+    texts = [" ".join(str(link).split()) or type(link).__name__ for link in chain]
+    text = ": ".join(dict.fromkeys(texts))  # some only hand on what their cause says
+    for secret in (token, get_token()):
+        if secret is not None and secret.strip():
+            text = text.replace(secret.strip(), "TOKEN")
+    status = chain[-1].response.status_code if isinstance(chain[-1], HfHubHTTPError) else None
+    if status in (401, 403):
+        text += " -- it takes a token that may write there: `hf auth login`, the variable HF_TOKEN, or as a flag"
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROG}: error: {message}\n")
+
+
+def _repo_id(text: str) -> str:
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no user/name: {error}") from error
+    return text
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    description, _, details = (__doc__ or "").partition("\n")
+    parser = _Parser(prog=f"python -m {PROG}", description=description, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="push", required=True)
+    push = commands.add_parser("push", help="upload a finished run", epilog=details, allow_abbrev=False)
+    push.add_argument("folder", type=Path, metavar="DIR", help="output_dir of a finished run")
+    push.add_argument("repo_id", type=_repo_id, metavar="user/name", help="repository; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    push.add_argument("--token", help="token to push with; default: HF_TOKEN, or the one you logged in with")
+    push.add_argument("--commit_message", default="Upload RAFT", help="default: %(default)s")
+    push.add_argument("--end_with", type=int, metavar="PID", help=argparse.SUPPRESS)  # the training that started it
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.end_with is not None:
+        threading.Thread(target=_end_with, args=[args.end_with], daemon=True).start()
+    try:
+        check_finished(args.folder)
+    except OSError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 1
+    try:
+        repo_id = create_repository(args.repo_id, args.token, args.private)
+        print(f"pushed: {push_folder(args.folder, repo_id, args.token, args.commit_message)}")
+    except OSError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return UPLOAD_FAILED
+    return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process with the one that started it, should that be killed: what it was to upload is outdated soon."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(UPLOAD_FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,9 +7,17 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 
-def make_optimizer(parameters: Iterable[Parameter], learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW with the original's epsilon."""
-    return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8)
+def make_optimizer(
+    parameters: Iterable[Parameter], learning_rate: float, weight_decay: float, fused: bool = False
+) -> AdamW:
+    """AdamW with the original's epsilon.
+
+    Args:
+        parameters, learning_rate, weight_decay: As in torch.
+        fused: All parameters in one kernel; on GPUs that is faster. Not with an fp16 loss scaler: it leaves skipping
+            to such an optimizer, and what counts skipped steps (`accelerator.optimizer_step_was_skipped`) sees none.
+    """
+    return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8, fused=fused)
 
 
 def make_schedule(optimizer: Optimizer, learning_rate: float, max_train_steps: int) -> OneCycleLR:

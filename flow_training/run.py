@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,13 @@ from flow_training.checkpoints import RunProgress, list_checkpoints, save_checkp
 from flow_training.config import TrainingConfig, without_token
 from flow_training.evaluation import EvaluationStopped, Protocol, draw_sets, evaluate_sets
 from flow_training.metrics import ratios
-from flow_training.processes import unwrap
+from flow_training.model_card import RunRecord
+from flow_training.model_folder import write_model_folder
+from flow_training.processes import describe_devices, unwrap
 from flow_training.run_log import RunLog
 from flow_training.step_sums import NotFiniteError, StepSums
 from flow_training.stopping import StopRequest
+from flow_training.uploads import Uploads
 
 
 class Stopped(Exception):
@@ -48,8 +52,12 @@ class Run:
     bar: tqdm
     step_sums: StepSums
     stop: StopRequest
+    lineage: list[str]  # what the weights were at first
+    uploads: Uploads | None  # on the main process, where the model is pushed
+    began: float = field(default_factory=time.perf_counter)
     replaced: list[str] = field(default_factory=list)  # what was wrong with pairs in whose place others were taken
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the last validation
+    reports_step: int = 0  # whose weights they are of
 
     @property
     def output_dir(self) -> Path:
@@ -104,6 +112,7 @@ class Run:
         self.progress.validation_due = True
         try:
             self.reports = evaluate_sets(model, self.validation, self.accelerator, self.stop.agreed)
+            self.reports_step = step
         except EvaluationStopped:
             self.save_and_stop()
         except (ValueError, OSError) as error:
@@ -130,6 +139,25 @@ class Run:
         """Save a checkpoint of this step."""
         limit = self.config.checkpoints_total_limit
         save_checkpoint(self.accelerator, self.output_dir, self.progress.step, limit, self.settings)
+
+    def record(self) -> RunRecord:
+        """What the run has done so far."""
+        return RunRecord(
+            run_config=self.config.to_dict(),
+            step=self.progress.step,
+            seconds=time.perf_counter() - self.began,
+            device=describe_devices(self.accelerator),
+            reports=self.reports if self.reports_step == self.progress.step else {},
+            lineage=self.lineage,
+        )
+
+    def upload(self) -> None:
+        """Begin to push the weights of this step in the background."""
+        if self.uploads is None:
+            return
+        step, model = self.progress.step, unwrap(self.accelerator, self.model)
+        description = f"Step {step} of {self.config.max_train_steps}"
+        self.uploads.start(step, description, lambda folder: write_model_folder(folder, model, self.record()))
 
     def save_and_stop(self) -> None:
         """Save a checkpoint of this step, and raise `Stopped`."""

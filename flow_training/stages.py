@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
 from flow_training.checkpoints import list_checkpoints
 from flow_training.config import FREE_ON_RESUME, TrainingConfig, nearest, parse_config, read_yaml, to_flag
-from flow_training.hub import RUN_CONFIG
+from flow_training.hub import FINISHED_FILES, RUN_CONFIG
 from flow_training.run_log import FILE_NAME as LOG_NAME
 
 CURRICULUM_KEYS = ("stages", "flags", "launch", "output_root")
 STAGE_KEYS = ("config", "name", "flags")
-FINISHED_FILES = (SAFE_WEIGHTS_NAME, CONFIG_NAME, IMAGE_PROCESSOR_NAME, RUN_CONFIG, "README.md")
 SET_BY_CURRICULUM = {
     "resume_from_checkpoint": "a stage in progress is always resumed",
     "model_name_or_path": "a stage starts from the weights of the one before",
@@ -40,7 +38,7 @@ class Stage:
     def is_done(self) -> bool:
         """Whether its last step was taken and its weights are whole.
 
-        A run puts its settings, its model card and its weights in place after the last step (`hub.write_run`).
+        A run puts its settings, model card and weights in place after the last step (`model_folder.write_run`).
         """
         if not all((self.output_dir / name).is_file() for name in FINISHED_FILES):
             return False

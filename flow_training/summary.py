@@ -46,4 +46,8 @@ def describe_run(
     if validation_counts:
         sets = "; ".join(f"{name}: {count:,} pairs" for name, count in validation_counts.items())
         lines.append(f"validation  {sets}: every {config.validation_steps:,} steps and at the end")
+    if config.push_to_hub:
+        when = "at each checkpoint and at the end" if config.hub_strategy == "every_save" else "at the end"
+        private = ", private if it is new" if config.hub_private_repo else ""
+        lines.append(f"hub         {config.hub_model_id}{private}: {when}")
     return "\n".join(lines)

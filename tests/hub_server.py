@@ -10,6 +10,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +41,9 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         repos: (kind, user/name) -> repository; kind is "dataset" or "model".
         requests: "METHOD path" of every request so far, the query left out.
-        fault: called with each such text; an HTTP status that it returns is answered instead of the truth.
+        fault: called with each such text; an HTTP status that it returns is answered instead of the truth. Clients are
+            asked to try again soon, where they do.
+        delay: called likewise; so many seconds pass before the answer.
     """
 
     daemon_threads = True
@@ -51,6 +54,7 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # large files, by their SHA-256
         self.requests: list[str] = []
         self.fault: Callable[[str], int | None] = lambda request: None
+        self.delay: Callable[[str], float] = lambda request: 0.0
         self.lock = threading.Lock()
 
     @property
@@ -93,8 +97,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append(request)
             status = self.server.fault(request)
+        time.sleep(self.server.delay(request))
         if status is not None:
-            return self._json({"error": f"fault {status} to order"}, status)
+            return self._json({"error": f"fault {status} to order"}, status, headers={"Retry-After": "0"})
         for method, pattern, answer in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split("|"):
@@ -109,6 +114,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def whoami(self, body: bytes, query: dict) -> None:
         self._json({"type": "user", "name": "user", "fullname": "User", "orgs": [], "auth": {"type": "access_token"}})
+
+    def may_write(self, body: bytes, query: dict, kind: str, repo: str) -> None:
+        if self._find(KINDS[kind], repo, "main") is not None:
+            self._json({})
 
     def create(self, body: bytes, query: dict) -> None:
         wanted = json.loads(body)
@@ -282,6 +291,7 @@ ROUTES = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
+    ("GET", rf"{_API}/auth-check/write", Handler.may_write),
     ("GET", _API, Handler.info),
     ("GET", rf"{_API}/revision/{_REVISION}", Handler.info),
     ("GET", rf"{_API}/tree/{_REVISION}(?P<folder>/.*)?", Handler.tree),

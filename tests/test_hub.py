@@ -1,5 +1,6 @@
-"""What is published, and the card's template where there is no checkout."""
+"""What is published of a run and what its card says, and the card's template where there is no checkout."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import sys
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.errors import OfflineModeIsEnabled
 from test_modeling_raft import tiny_config
 
 from flow_training import hub
 from flow_training.config import parse_config
+from flow_training.model_card import RunRecord, find_card_template, read_lineage
+from flow_training.model_folder import write_run
 from modeling_raft import RaftForOpticalFlow
 
 REPORT = {
@@ -25,41 +28,96 @@ REPORT = {
 }  # fmt: skip
 
 
-def write(output_dir, *flags: str, reports=None):
-    arguments = ["--output_dir", str(output_dir), "--train_mix", "{kitti_2015: 200, hd1k: 5}", *flags]
-    run_config = parse_config(arguments).to_dict()
+MODEL_CODE = {path.name for path in (find_card_template().parent / "modeling_raft").glob("*_raft.py")}
+PUBLISHED = {
+    "model.safetensors",
+    "config.json",
+    "preprocessor_config.json",
+    "README.md",
+    "run_config.yaml",
+} | MODEL_CODE
+
+
+def write(output_dir, *flags: str, reports=None, mix="{kitti_2015: 200, hd1k: 5}"):
+    """Write a run of 20 steps that there never was, and return its card."""
+    arguments = ["--output_dir", str(output_dir), "--train_mix", mix, "--max_train_steps", "20", *flags]
+    config = parse_config(arguments)
     output_dir.mkdir(exist_ok=True)
-    hub.write_run(output_dir, RaftForOpticalFlow(tiny_config()), run_config, reports or {}, 7200.0, "2 x H100")
+    lineage = read_lineage(config.model_name_or_path)
+    record = RunRecord(config.to_dict(), 20, 7200.0, "2 x H100", reports or {}, lineage)
+    write_run(output_dir, RaftForOpticalFlow(tiny_config()), record)
     return (output_dir / "README.md").read_text()
 
 
-def test_card_has_data_recipe_results_and_lineage(tmp_path):
+def test_card_has_data_recipe_and_results(tmp_path):
+    reports = {"kitti_2015": REPORT, "kitti_2012": REPORT, "sintel_clean:all": REPORT}
     card = write(
-        tmp_path / "raft-kitti", "--model_name_or_path", "user/raft-sintel", "--gamma", "0.85",
-        "--hub_model_id", "user/raft-kitti", "--hub_token", "secret", reports={"kitti_2015": REPORT},
+        tmp_path / "raft-kitti", "--model_name_or_path", "user/raft-sintel", "--gamma", "0.85", "--push_to_hub",
+        "--hub_model_id", "user/raft-kitti-b", "--hub_token", "secret", reports=reports,
     )  # fmt: skip
     for part in (
-        'from_pretrained("user/raft-kitti"',
-        "from `user/raft-sintel`",
+        "# raft-kitti-b\n",
+        'from_pretrained("user/raft-kitti-b"',
+        'pipeline("optical-flow", model="user/raft-kitti-b"',
+        "It started from `user/raft-sintel` on the Hub",
         "KITTI-2015 (CC BY-NC-SA 3.0), each pair 200 times",
         "HD1K (CC BY-NC-SA 4.0), each pair 5 times",
         "| gamma | 0.85 |",
-        "| kitti_2015 | 3 | 24 | bottom | float32 | 1.500 | 2.500 | 12.000 | 13.000 |",
-        "in 2.00 hours",
+        "| kitti_2015 | yes | 3 | 24 | bottom | float32 | 1.500 | 2.500 | 12.000 | 13.000 |",
+        "| kitti_2012 | no | 3 |",
+        "20 optimizer steps in 2.00 hours",
         "2 x H100",
     ):
         assert part in card, part
+    assert "not finished" not in card
     assert "secret" not in card + (tmp_path / "raft-kitti" / "run_config.yaml").read_text()
     data = ModelCard(card).data
     assert "optical-flow" in data.tags and data.library_name == "transformers"
-    results = {result.metric_type: result.metric_value for result in data.eval_results}
-    assert results == {"epe": 1.5, "epe_per_image": 2.5, "fl_all": 12.0, "fl_all_per_image": 13.0}
+    assert data.base_model == "user/raft-sintel" and data.license is None  # which is not this program's to grant
+    results = [result for result in data.eval_results if result.dataset_type == "kitti_2015"]
+    assert {result.metric_type: result.metric_value for result in results} == {
+        "epe": 1.5, "epe_per_image": 2.5, "fl_all": 12.0, "fl_all_per_image": 13.0
+    }  # fmt: skip
+    assert {result.dataset_split for result in results} == {"training"}
+    assert all(result.dataset_args == REPORT["protocol"] for result in data.eval_results)
+    again = ModelCard(f"---\n{data.to_yaml()}\n---\n").data
+    assert again.to_dict() == data.to_dict() and len(again.eval_results) == 12
 
 
 def test_card_of_a_run_that_measured_nothing_claims_nothing(tmp_path):
     card = write(tmp_path / "run")
-    assert "None: the run validated on no set." in card and "random weights" in card
-    assert ModelCard(card).data.eval_results is None
+    assert "None: the run has validated these weights on no set." in card and "from random weights" in card
+    assert ModelCard(card).data.eval_results is None and ModelCard(card).data.base_model is None
+    assert f'from_pretrained("{tmp_path / "run"}"' in card
+
+
+def test_a_figure_of_no_pixel_is_no_result(tmp_path):
+    reports = {"kitti_2015": REPORT | {"metrics": REPORT["metrics"] | {"fl_all": math.nan}}}
+    data = ModelCard(write(tmp_path / "run", reports=reports)).data
+    assert {result.metric_type for result in data.eval_results} == {"epe", "epe_per_image", "fl_all_per_image"}
+
+
+def test_lineage_goes_back_through_the_stages(tmp_path):
+    """Each stage starts from the folder of the one before, which is trained anew, or removed, later."""
+    write(tmp_path / "chairs", mix="{flying_chairs: 1}")
+    write(tmp_path / "things", "--model_name_or_path", str(tmp_path / "chairs"), mix="{flying_things_clean: 1}")
+    write(tmp_path / "chairs", "--model_name_or_path", "user/other", mix="{synthetic: 1}")
+    card = write(tmp_path / "sintel", "--model_name_or_path", str(tmp_path / "things"), mix="{sintel_clean: 1}")
+    assert ModelCard(card).data.to_dict()["lineage"] == [
+        f"`{tmp_path / 'things'}`, trained on FlyingThings3D, clean pass (research only)",
+        f"`{tmp_path / 'chairs'}`, trained on FlyingChairs (research only)",
+        "random weights",
+    ]
+    assert (
+        f"Before that: `{tmp_path / 'chairs'}`, trained on FlyingChairs (research only); before that: random" in card
+    )
+    assert ModelCard(card).data.base_model is None  # a folder is no model of the Hub's
+    (tmp_path / "raft.pth").write_bytes(b"")
+    assert read_lineage(str(tmp_path / "raft.pth")) == [
+        f"`{tmp_path / 'raft.pth'}`; nothing in it states what it was trained on"
+    ]
+    (tmp_path / "things" / "README.md").unlink()
+    assert read_lineage(str(tmp_path / "things"))[1:] == [f"`{tmp_path / 'chairs'}`"]
 
 
 def test_what_is_uploaded(tmp_path, monkeypatch):
@@ -67,30 +125,38 @@ def test_what_is_uploaded(tmp_path, monkeypatch):
     for name in ("checkpoint-10/model.safetensors", "logs/events.out", "unfinished-checkpoint-20/config.json"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("x")
-    (tmp_path / "train_log.jsonl").write_text("{}")
+    for name in ("train_log.jsonl", ".lock", "not_finite_step_3.pt"):
+        (tmp_path / name).write_text("{}")
     calls = []
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **kwargs: calls.append(kwargs) or "address")
-    assert hub.push_run(tmp_path, "user/model", "token") == "address"
-    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    (call,) = calls
-    uploaded = filter_repo_objects(
-        files, allow_patterns=call["allow_patterns"], ignore_patterns=call["ignore_patterns"]
-    )
-    assert set(uploaded) == {
-        "model.safetensors", "config.json", "preprocessor_config.json", "README.md", "run_config.yaml",
-        "modeling_raft.py", "configuration_raft.py", "correlation_raft.py", "loss_raft.py", "image_processing_raft.py",
-    }  # fmt: skip
+
+    def create_commit(self, repo_id, operations, commit_message):
+        calls.append({operation.path_in_repo for operation in operations})
+        return type("Commit", (), {"commit_url": "address"})
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    assert hub.push_folder(tmp_path, "user/model", "token", "message") == "address"
+    assert calls == [PUBLISHED]
 
 
-def test_a_repository_that_cannot_be_made_is_one_clear_error(monkeypatch):
-    with pytest.raises(ValueError, match="push_to_hub: cannot create user/model"):
+def test_a_repository_that_cannot_be_made_is_one_clear_error():
+    with pytest.raises(OSError, match="cannot create user/model on the Hub") as caught:
         hub.create_repository("user/model", "no token", private=False)  # the tests are offline
+    assert isinstance(caught.value.__cause__, OfflineModeIsEnabled)
+
+
+def test_an_error_that_quotes_the_token_is_shown_without_it(monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ValueError(f"Illegal header value b'Bearer {self.token}'\nmore")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(OSError, match="Bearer TOKEN' more$"):
+        hub.create_repository("user/model", "hf_secret", private=False)
 
 
 @pytest.mark.slow
 def test_template_travels_with_an_installation(tmp_path):
     """Installed without -e, into a folder of its own, used from elsewhere."""
-    checkout = hub.find_card_template().parent
+    checkout = find_card_template().parent
     project = tmp_path / "project"  # a copy: building leaves files behind
     shutil.copytree(checkout, project, ignore=shutil.ignore_patterns(".*", "outputs", "tests", "build", "*.egg-info"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -99,7 +165,7 @@ def test_template_travels_with_an_installation(tmp_path):
     (packages,) = (tmp_path / "prefix").rglob("site-packages")
     code = (
         f"import sys; sys.path = [{str(packages)!r}] + [p for p in sys.path if p]\n"
-        "import flow_training.hub as hub; print(hub.__file__); print(hub.find_card_template())"
+        "import flow_training.model_card as card; print(card.__file__); print(card.find_card_template())"
     )
     result = subprocess.run(
         [sys.executable, "-P", "-c", code],

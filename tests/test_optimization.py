@@ -24,3 +24,18 @@ def test_schedule_is_the_published_one(max_train_steps):
         schedule.step()
     assert (optimizer.defaults["eps"], optimizer.defaults["weight_decay"]) == (1e-8, 1e-4)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # not cycled
+
+
+def test_a_fused_optimizer_takes_the_same_steps():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(50, dtype=torch.float64), torch.randn(5, 50, dtype=torch.float64)
+    results = []
+    for fused in (False, True):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = make_optimizer([parameter], learning_rate=1e-2, weight_decay=1e-2, fused=fused)
+        assert optimizer.param_groups[0]["fused"] is fused
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        results.append(parameter.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)

@@ -1,0 +1,192 @@
+"""The model card: only what the run did and measured."""
+
+import importlib.metadata
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from flow_data.licences import PROVENANCE
+from flow_data.sources import SOURCES
+from flow_training.config import split_validation_set
+from flow_training.evaluation import PROTOCOLS
+from flow_training.hub import CARD, RUN_CONFIG, loaded_from, quoted
+from flow_training.model import model_size
+from modeling_raft import RaftForOpticalFlow
+
+CARD_TEMPLATE = "model_card.md"
+METRIC_NAMES = {
+    "epe": "End-point error, pooled over pixels (px)",
+    "epe_per_image": "End-point error, mean of images (px)",
+    "fl_all": "Fl-all, pooled over pixels (%)",
+    "fl_all_per_image": "Fl-all, mean of images (%)",
+}
+LINEAGE = "lineage"  # key of a card's metadata: what the run started from, nearest first
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run has done so far.
+
+    Args:
+        run_config: Every resolved setting.
+        step: Optimizer steps done.
+        seconds: That this process trained.
+        device: It trained on, in words.
+        reports: Validation set -> report of `flow_training.evaluation` on the weights of this step; may be empty.
+        lineage: Of `read_lineage`.
+    """
+
+    run_config: dict[str, Any]
+    step: int
+    seconds: float
+    device: str
+    reports: dict[str, dict[str, Any]]
+    lineage: list[str]
+
+
+def find_card_template() -> Path:
+    """The card's template: in a checkout beside the packages, else where the installation put it."""
+    path = Path(__file__).resolve().parents[1] / CARD_TEMPLATE
+    if path.is_file():
+        return path
+    for file in importlib.metadata.files("raft-flow-trainer") or []:
+        if file.name == CARD_TEMPLATE:
+            return Path(str(file.locate())).resolve()
+    raise FileNotFoundError(f"{CARD_TEMPLATE} is neither beside the packages nor in the installation; install again")
+
+
+def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
+    """The card of a finished run, or of one that still goes on, which it says then."""
+    run_config = record.run_config
+    source = loaded_from(run_config)
+    name = Path(source).name if source == run_config["hub_model_id"] else Path(source).resolve().name
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["optical-flow", "raft"],
+        base_model=_base_model(run_config),
+        datasets=_hub_datasets(run_config),
+        model_name=name,
+        eval_results=_eval_results(record.reports) or None,
+    )
+    data[LINEAGE] = record.lineage
+    return ModelCard.from_template(
+        data,
+        template_path=str(find_card_template()),
+        name=name,
+        source=quoted(source),
+        size=model_size(model),
+        num_parameters=f"{model.num_parameters():,}",
+        num_flow_updates=run_config["num_flow_updates"],
+        min_size=model.config.min_image_size,
+        lineage=record.lineage,
+        inherits=run_config["model_name_or_path"] is not None,
+        training_data=_training_data(run_config),
+        recipe={key: _cell(value) for key, value in run_config.items() if not key.startswith("hub_")},
+        reports=record.reports,
+        seen={set_name: _seen_in_training(set_name, run_config) for set_name in record.reports},
+        metric_names=METRIC_NAMES,
+        step=f"{record.step:,}",
+        max_train_steps=f"{run_config['max_train_steps']:,}",
+        finished=record.step >= run_config["max_train_steps"],
+        hours=f"{record.seconds / 3600:.2f}",
+        device=record.device,
+        versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {importlib.metadata.version('transformers')}",
+    )
+
+
+def read_lineage(start: str | None) -> list[str]:
+    """What a run starts from and what that started from, each in words, nearest first.
+
+    Of a folder that this trainer has left, here or downloaded, its settings say what it was trained on, and its card
+    what came before. To be read before the run begins: until it ends, the folder may hold something else.
+
+    Args:
+        start: `model_name_or_path` of the run.
+    """
+    if start is None:
+        return ["random weights"]
+    if not Path(start).exists():
+        return [f"`{start}` on the Hub; its page states what it was trained on"]
+    try:
+        run_config = yaml.safe_load((Path(start) / RUN_CONFIG).read_text())
+        data = "; ".join(description for description, _ in _training_data(run_config))
+        earlier = run_config["model_name_or_path"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return [f"`{start}`; nothing in it states what it was trained on"]
+    try:
+        older = ModelCard.load(Path(start) / CARD, ignore_metadata_errors=True).data.to_dict()[LINEAGE]
+    except (OSError, ValueError, KeyError):  # a card without, or none
+        older = ["random weights" if earlier is None else f"`{earlier}`"]
+    return [f"`{start}`, trained on {data}", *older]
+
+
+def _base_model(run_config: dict[str, Any]) -> str | None:
+    """What the Hub links the model to as the one it was made from; a local folder or file is none of its models."""
+    start = run_config["model_name_or_path"]
+    return None if start is None or Path(start).exists() else start
+
+
+def _hub_datasets(run_config: dict[str, Any]) -> list[str] | None:
+    """What the Hub links the model to; a local folder is none of its data sets."""
+    name = run_config["dataset_name"]
+    return None if name is None or Path(name).exists() else [name]
+
+
+def _training_data(run_config: dict[str, Any]) -> list[tuple[str, int]]:
+    """(what the model was trained on, how often an epoch) of each source."""
+    mix = [
+        (f"{PROVENANCE[source].title} ({PROVENANCE[source].terms})", repeats)
+        for source, repeats in run_config["train_mix"].items()
+    ]
+    name = run_config["dataset_name"]
+    if name is None:
+        return mix
+    place = f"`{name}`" if Path(name).exists() else f"`{name}` on the Hub"
+    return [(f"{place} (its page states its terms)", 1), *mix]
+
+
+def _eval_results(reports: dict[str, dict[str, Any]]) -> list[EvalResult]:
+    """The figures in the Hub's form, `model-index`; NaN, which means that there was no pixel, is no figure."""
+    return [
+        EvalResult(
+            task_type="optical-flow",
+            task_name="Optical flow",
+            dataset_type=set_name.partition(":")[0],
+            dataset_name=set_name,
+            dataset_split=_source_and_split(set_name)[1],
+            dataset_args=dict(report["protocol"]),
+            metric_type=metric,
+            metric_name=metric_name,
+            metric_value=round(report["metrics"][metric], 4),
+        )
+        for set_name, report in reports.items()
+        for metric, metric_name in METRIC_NAMES.items()
+        if math.isfinite(report["metrics"][metric])
+    ]
+
+
+def _source_and_split(set_name: str) -> tuple[str, str]:
+    source, split = split_validation_set(set_name)
+    return source, split or PROTOCOLS[source].split
+
+
+def _seen_in_training(set_name: str, run_config: dict[str, Any]) -> str:
+    """Whether the run trained on pairs of a validation set, in words."""
+    if run_config["dataset_name"] is not None:
+        return "not known"
+    source, split = _source_and_split(set_name)
+    trained = run_config["train_split"] or SOURCES[source].training_split
+    seen = source in run_config["train_mix"] and (split == trained or "all" in (split, trained))
+    return "yes" if seen else "no"
+
+
+def _cell(value: Any) -> str:
+    """A value inside a table of Markdown."""
+    return str(value).replace("|", "\\|")
