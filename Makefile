@@ -23,8 +23,17 @@ test-hf: $(INSTALLED)
 	$(PYTHON) tests/transformers_own/fetch_tests.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/transformers_own -rs
 
+# Every figure of the README's tables and of docs/scaling_*.png, one benchmark after the other, so that none disturbs
+# the next: about 40 minutes on two idle CPU cores. DATA_ROOT=folder reads real data sets instead of made-up ones.
+RESULTS := outputs/benchmarks
 bench: $(INSTALLED)
-	$(PYTHON) -m benchmarks.bench_data --output outputs/benchmarks/data.json
+	$(PYTHON) -m benchmarks.bench_inference --output $(RESULTS)/inference.json
+	$(PYTHON) -m benchmarks.bench_training --output $(RESULTS)/training.json
+	$(PYTHON) -m benchmarks.bench_memory --output $(RESULTS)/memory.json
+	$(PYTHON) -m benchmarks.bench_on_demand --output $(RESULTS)/on_demand.json
+	$(PYTHON) -m benchmarks.bench_scaling --output $(RESULTS)/scaling.json
+	$(PYTHON) -m benchmarks.bench_data $(if $(DATA_ROOT),--data_root "$(DATA_ROOT)") --output $(RESULTS)/data.json
+	$(PYTHON) -m benchmarks.report --results $(RESULTS)
 
 quality: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -10,13 +10,10 @@ the machine does touches both. The ratio is the median of the ratios within the 
 
 import argparse
 import json
-import multiprocessing
 import platform
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import metadata
 from itertools import cycle, islice
@@ -29,7 +26,10 @@ import torch
 from datasets import Image
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.machine import describe_machine
 from benchmarks.made_up_data import write_pairs
+from benchmarks.options import write_json
+from benchmarks.own_process import in_new_process, peak_bytes
 from benchmarks.plain_augmentation import apply_plainly
 from benchmarks.plain_loading import PlainPairs, read_plainly
 from flow_data.augmentation import augment_dense, augment_sparse
@@ -76,7 +76,7 @@ RECIPES = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, help="folder of real data sets; what is not in it is made up")
     parser.add_argument("--datasets", nargs="+", choices=RECIPES, default=list(RECIPES))
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help="measure the loader with a worker process, too")
     parser.add_argument("--quick", action="store_true", help="a short, noisy run")
     parser.add_argument("--output", type=Path, help="JSON file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.repetitions, arguments.samples, arguments.memory_samples = 3, 8, 60
     use_one_thread(0)
@@ -96,10 +96,10 @@ def main() -> None:
             recipe = RECIPES[name]
             root, content = find_data(recipe, arguments.data_root, Path(folder))
             results.append({"dataset": name, "content": content} | measure(recipe, root, arguments))
-    report = {"environment": describe_environment(), "results": results}
+    report = {"machine": describe_machine(), "environment": describe_environment(), "results": results}
     print(format_report(report))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(arguments.output, report)
 
 
 def find_data(recipe: Recipe, data_root: Path | None, made_up_root: Path) -> tuple[Path, str]:
@@ -211,11 +211,6 @@ def seconds(function: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(function, *arguments).result()
-
-
 def watch_memory(recipe: Recipe, root: Path, samples: int) -> dict[str, Any]:
     """Peak memory of a process that loads samples, after the first few of them and after all."""
     use_one_thread(0)
@@ -229,8 +224,7 @@ def watch_memory(recipe: Recipe, root: Path, samples: int) -> dict[str, Any]:
 
 
 def peak_megabytes() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else kB
-    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+    return round(peak_bytes() / 2**20, 1)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -87,7 +87,7 @@ class FlowEstimator:
         """
         with autocast(self.model.device, self.mixed_precision):
             states = [self._state(first) for first, _ in pairs]
-            low_res_flow, predictions = self.model.estimate(
+            updates = self.model.updates(
                 torch.cat([first.features for first, _ in pairs]),
                 torch.cat([second.features for _, second in pairs]),
                 torch.cat([hidden for hidden, _ in states]),
@@ -95,7 +95,10 @@ class FlowEstimator:
                 num_flow_updates,
                 initial_flow,
             )
-        return self.fit.restore(predictions[-1]), low_res_flow
+            for hidden, low_res_flow in updates:  # noqa: B007  # the last ones are wanted
+                pass
+            flow = self.model.upsampler(hidden, low_res_flow)
+        return self.fit.restore(flow), low_res_flow
 
     def _state(self, frame: EncodedFrame) -> tuple[Tensor, Tensor]:
         if frame.state is None:

@@ -39,8 +39,9 @@ class RaftConfig(PreTrainedConfig):
         loss_max_flow: Pixels that move farther than this (px) are left out of the loss.
         dropout: Probability of dropping a whole channel of the encoders' output while training.
         freeze_batch_norm: Keep BatchNorm's running statistics fixed while training. Its affine weights still train.
-        correlation: How correlations are computed: `"dense"` (all pairs, once per frame pair), or `"auto"`: the
-            best there is, today always dense.
+        correlation: How correlations are computed. `"dense"`: all pairs, once per pair of frames; its memory grows
+            with the square of the pixels. `"on_demand"`: what a lookup reads, in each of them; the same to rounding,
+            in memory that grows with the pixels. `"auto"`: dense, unless that takes half of the memory that is free.
     """
 
     model_type = "raft"
@@ -114,7 +115,7 @@ class RaftConfig(PreTrainedConfig):
             "encoder_block": ("residual", "bottleneck"),
             "feature_norm": ("instance", "batch", "none"),
             "context_norm": ("instance", "batch", "none"),
-            "correlation": ("auto", "dense"),
+            "correlation": ("auto", "dense", "on_demand"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -1,13 +1,14 @@
-"""Visual similarity of all pairs of pixels, and its lookup around the current flow (paper section 3.2).
-
-Shapes: `B` batch, `C` feature channels, `h w` 1/8 grid, `L` levels, `r` radius, `K` window, (2 * r + 1) ** 2.
-"""
-
-import math
+"""Visual similarity of the pixels of two frames (paper section 3.2): which of two ways computes it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
+
+from .correlation_dense_raft import DenseCorrelation
+from .correlation_on_demand_raft import OnDemandCorrelation
+from .memory_raft import device_memory
+
+logger = logging.get_logger(__name__)
 
 
 def pixel_grid(batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -20,72 +21,35 @@ def pixel_grid(batch: int, height: int, width: int, dtype: torch.dtype, device: 
     return torch.stack([x, y]).expand(batch, 2, height, width)
 
 
-def sample_bilinear(maps: Tensor, coordinates: Tensor) -> Tensor:
-    """Read maps between their pixels; outside of them they are 0.
+def make_correlation(
+    kind: str, fmap1: Tensor, fmap2: Tensor, num_levels: int, radius: int
+) -> DenseCorrelation | OnDemandCorrelation:
+    """The correlation of two frames.
 
     Args:
-        maps: `(N, C, H, W)`.
-        coordinates: `(N, P, Q, 2)`, (x, y) in pixels of the map: (0, 0) is the centre of the first one.
-
-    Returns:
-        `(N, C, P, Q)`.
+        kind: `"dense"`, `"on_demand"`, or `"auto"`: dense while its volume, and the gradient of it if there is one,
+            takes no more than half of the memory that is free.
+        fmap1, fmap2, num_levels, radius: As `DenseCorrelation` takes them.
     """
-    height, width = maps.shape[-2:]
-    # With align_corners=False the map's edges, not its pixels' centres, lie at -1 and 1, so that a map of a single
-    # pixel has a scale too: with align_corners=True one would divide by size - 1.
-    # Tensors are divided, not numbers, which torch.export would take for constants.
-    two = coordinates.new_full((), 2)
-    scale = torch.stack([two / width, two / height])
-    grid = (coordinates + 0.5) * scale - 1
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    if kind == "auto":
+        kind = _choose(fmap1, fmap2, num_levels)
+    implementation = OnDemandCorrelation if kind == "on_demand" else DenseCorrelation
+    return implementation(fmap1, fmap2, num_levels, radius)
 
 
-class CorrelationPyramid:
-    """All-pairs correlation, computed once per pair of frames, averaged over frame 2 level by level.
-
-    It is computed in float32 at least, whatever autocast or the features' type say: half precision overflows here and
-    cannot tell neighbouring coordinates apart.
-
-    Args:
-        fmap1: `(B, C, h, w)`, features of frame 1.
-        fmap2: `(B, C, h, w)`, features of frame 2.
-        num_levels: Levels of the pyramid.
-        radius: Radius of the lookup's window, in pixels of each level.
-    """
-
-    def __init__(self, fmap1: Tensor, fmap2: Tensor, num_levels: int, radius: int):
-        self.radius = radius
-        dtype = torch.promote_types(fmap1.dtype, torch.float32)
-        batch, channels, height, width = fmap1.shape
-        with torch.autocast(fmap1.device.type, enabled=False):
-            # Scaled before the product: of features there are few, of products h * w times as many.
-            features1 = (fmap1.to(dtype) / math.sqrt(channels)).flatten(2).transpose(1, 2)  # (B, h*w, C)
-            features2 = fmap2.to(dtype).flatten(2)  # (B, C, h*w)
-            corr = features1 @ features2
-            corr = corr.reshape(batch * height * width, 1, height, width)
-            self.levels = [corr]
-            for _ in range(num_levels - 1):
-                self.levels.append(F.avg_pool2d(self.levels[-1], kernel_size=2, stride=2))
-
-    def lookup(self, centroids: Tensor) -> Tensor:
-        """Sample every pyramid level in a square window around each centroid.
-
-        Args:
-            centroids: `(B, 2, h, w)`, where each pixel of frame 1 lands in frame 2, as (x, y) in grid pixels
-                (image pixels / 8). May lie outside the grid, where correlation reads as 0.
-
-        Returns:
-            `(B, L * K, h, w)`. Level, then x offset, then y offset: channel `l * K + i * (2 * r + 1) + j` reads
-            `centroid / 2**l + (i - r, j - r)`. Published weights depend on x coming before y.
-        """
-        batch, _, height, width = centroids.shape
-        with torch.autocast(centroids.device.type, enabled=False):
-            centroids = centroids.to(self.levels[0].dtype)
-            centres = centroids.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2)  # (B*h*w, 1, 1, 2)
-            steps = torch.arange(-self.radius, self.radius + 1, dtype=centres.dtype, device=centres.device)
-            offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=-1)  # [i, j] = (x i, y j)
-            windows = [
-                sample_bilinear(corr, centres / 2**level + offsets).flatten(1)  # (B*h*w, K)
-                for level, corr in enumerate(self.levels)
-            ]
-        return torch.cat(windows, dim=1).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+def _choose(fmap1: Tensor, fmap2: Tensor, num_levels: int) -> str:
+    if torch.compiler.is_compiling():  # what is free now is nothing to compile into a graph
+        return "dense"
+    batch, _, height, width = fmap1.shape
+    trains = torch.is_grad_enabled() and (fmap1.requires_grad or fmap2.requires_grad)
+    columns = sum((height >> level) * (width >> level) for level in range(num_levels))
+    needed = batch * height * width * columns * max(fmap1.element_size(), 4) * (2 if trains else 1)
+    # A run that is resumed computes as it did: its choice does not depend on what else fills the memory.
+    free, total = device_memory(fmap1.device)
+    limit = total / 4 if trains else free / 2
+    kind = "dense" if needed <= limit else "on_demand"
+    logger.debug(
+        "correlation of %d x %d x %d grid pixels: %s, as the volume of all pairs takes %.2f GB of at most %.2f GB",
+        batch, height, width, kind, needed / 1e9, limit / 1e9,
+    )  # fmt: skip
+    return kind

@@ -28,15 +28,28 @@ def sequence_loss(
     Returns:
         A scalar: the weighted sum over the predictions.
     """
-    mask = torch.linalg.vector_norm(labels, dim=1) < max_flow  # False for NaN
-    if valid is not None:
-        mask = mask & (valid if valid.dtype == torch.bool else valid >= 0.5)
-    mask = mask[:, None]
-    # Labels go first: 0 * NaN is NaN, in the loss and in its gradient.
-    labels = labels.masked_fill(~mask, 0)
+    terms = SequenceLossTerms(labels, valid, len(flow_predictions), gamma, max_flow)
+    return torch.stack([terms(i, flow_pred) for i, flow_pred in enumerate(flow_predictions)]).sum()
 
-    loss = labels.new_zeros(())
-    for i, flow_pred in enumerate(flow_predictions):
-        weight = gamma ** (len(flow_predictions) - 1 - i)
-        loss = loss + weight * ((flow_pred - labels).abs() * mask).mean()
-    return loss
+
+class SequenceLossTerms:
+    """What each prediction adds to `sequence_loss`, for predictions that come one by one.
+
+    Args:
+        labels, valid, gamma, max_flow: As `sequence_loss` takes them.
+        num_predictions: How many there will be.
+    """
+
+    def __init__(self, labels: Tensor, valid: Tensor | None, num_predictions: int, gamma: float, max_flow: float):
+        mask = torch.linalg.vector_norm(labels, dim=1) < max_flow  # False for NaN
+        if valid is not None:
+            mask = mask & (valid if valid.dtype == torch.bool else valid >= 0.5)
+        self.mask = mask[:, None]
+        # Labels go first: 0 * NaN is NaN, in the loss and in its gradient.
+        self.labels = labels.masked_fill(~self.mask, 0)
+        self.num_predictions, self.gamma = num_predictions, gamma
+
+    def __call__(self, i: int, flow_pred: Tensor) -> Tensor:
+        """The weighted term of prediction `i`, `(B, 2, H, W)` in pixels: a scalar."""
+        weight = self.gamma ** (self.num_predictions - 1 - i)
+        return weight * ((flow_pred - self.labels).abs() * self.mask).mean()

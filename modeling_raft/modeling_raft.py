@@ -6,26 +6,27 @@ the current flow and changes the flow, again and again. All of this happens on a
 Shapes: `B` batch, `H W` image, `h w` 1/8 grid, `L` correlation levels, `K` correlations in a lookup's window.
 """
 
-from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_raft import RaftConfig
-from .correlation_raft import CorrelationPyramid, pixel_grid
-from .loss_raft import sequence_loss
+from .correlation_raft import make_correlation, pixel_grid
+from .encoder_raft import Encoder, EncoderConv
+from .loss_raft import SequenceLossTerms
+from .update_block_raft import UpdateBlock
 
 if TYPE_CHECKING:  # imports nothing; but save_pretrained, which copies the files that this one imports, takes it along
     from .pipeline_raft import OpticalFlowPipeline  # noqa: F401
 
 GRID = 8  # image pixels per pixel of the grid on which flow is estimated
-FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
 
 
 @dataclass
@@ -45,226 +46,14 @@ class RaftOutput(ModelOutput):
     flow_predictions: tuple[Tensor, ...] | None = None
 
 
-class EncoderConv(nn.Conv2d):
-    """A convolution of the encoders: a name of its own, since it starts from other weights than the others."""
-
-
-def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str) -> nn.Sequential:
-    """A convolution that keeps the size (but for its stride), and its normalisation (neither has an activation)."""
-    norms: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d, "none": nn.Identity}
-    conv = EncoderConv(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-    return nn.Sequential(OrderedDict(conv=conv, norm=norms[norm](out_channels)))
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, or as a bottleneck 1x1, 3x3 and 1x1 ones, beside a shortcut."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str, bottleneck: bool):
-        super().__init__()
-        if bottleneck:
-            inner = out_channels // 4
-            self.layers = nn.ModuleList(
-                [
-                    conv_norm(in_channels, inner, 1, 1, norm),
-                    conv_norm(inner, inner, 3, stride, norm),
-                    conv_norm(inner, out_channels, 1, 1, norm),
-                ]
-            )
-        else:
-            self.layers = nn.ModuleList(
-                [
-                    conv_norm(in_channels, out_channels, 3, stride, norm),
-                    conv_norm(out_channels, out_channels, 3, 1, norm),
-                ]
-            )
-        self.shortcut = nn.Identity() if stride == 1 else conv_norm(in_channels, out_channels, 1, stride, norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = x
-        for layer in self.layers:
-            out = F.relu(layer(out))
-        return F.relu(self.shortcut(x) + out)
-
-
-class Encoder(nn.Module):
-    """Image to features at 1/8 of its size (paper section 3.1): `(B, 3, H, W)` to `(B, out_channels, h, w)`."""
-
-    def __init__(self, config: RaftConfig, out_channels: int, norm: str):
-        super().__init__()
-        bottleneck = config.encoder_block == "bottleneck"
-        stem, *widths = config.encoder_widths
-        self.stem = conv_norm(3, stem, 7, 2, norm)
-        self.stages = nn.ModuleList()
-        for in_width, width, stride in zip([stem, *widths], widths, (1, 2, 2), strict=False):
-            first = ResidualBlock(in_width, width, stride, norm, bottleneck)
-            self.stages.append(nn.Sequential(first, ResidualBlock(width, width, 1, norm, bottleneck)))
-        self.projection = EncoderConv(widths[-1], out_channels, 1)
-        self.dropout = nn.Dropout2d(config.dropout)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.stem(images))
-        for stage in self.stages:
-            x = stage(x)
-        return self.dropout(self.projection(x))
-
-
-def cast_saturating(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as `dtype`, where what float16 cannot hold becomes its largest number, of the same sign, and not infinite.
-
-    Correlation grows with the square of the features: up to 33 with published weights, and to 500 with new ones, but
-    out of float16's range if features grow tenfold in training. An infinity would be NaN after the next convolution,
-    and so would the loss, which no smaller loss scale mends. A number at the limit is harmless: it only ever reaches
-    the recurrent unit's gates, which saturate. The original has no such limit (and no values near it).
-    """
-    x = x.to(dtype)
-    return F.hardtanh(x, -FLOAT16_MAX, FLOAT16_MAX) if dtype == torch.float16 else x
-
-
-def relu_saturating(x: Tensor) -> Tensor:
-    """ReLU in place of `x`, likewise: in float16, infinity becomes the largest number. Other types know no limit."""
-    if x.dtype == torch.float16:
-        # In place, the backward pass needs the result only, as that of ReLU does: no memory on top.
-        return F.hardtanh(x, 0.0, FLOAT16_MAX, inplace=True)
-    return F.relu(x)
-
-
-class MotionEncoder(nn.Module):
-    """Correlations and flow to motion features `(B, motion_dim, h, w)`, whose last two channels are the flow."""
-
-    def __init__(self, config: RaftConfig):
-        super().__init__()
-        window = (2 * config.corr_radius + 1) ** 2
-        corr_widths = [config.corr_levels * window, *config.motion_corr_widths]
-        self.corr_convs = nn.ModuleList(
-            nn.Conv2d(corr_widths[i], corr_widths[i + 1], 1 if i == 0 else 3, padding=0 if i == 0 else 1)
-            for i in range(len(corr_widths) - 1)
-        )
-        flow_width1, flow_width2 = config.motion_flow_widths
-        self.flow_convs = nn.ModuleList(
-            [nn.Conv2d(2, flow_width1, 7, padding=3), nn.Conv2d(flow_width1, flow_width2, 3, padding=1)]
-        )
-        self.fusion = nn.Conv2d(corr_widths[-1] + flow_width2, config.motion_dim - 2, 3, padding=1)
-
-    def forward(self, corr: Tensor, flow: Tensor) -> Tensor:
-        corr_features, flow_features = corr, flow
-        for conv in self.corr_convs:
-            corr_features = relu_saturating(conv(corr_features))
-        for conv in self.flow_convs:
-            flow_features = relu_saturating(conv(flow_features))
-        motion = relu_saturating(self.fusion(torch.cat([corr_features, flow_features], dim=1)))
-        return torch.cat([motion, flow], dim=1)
-
-
-class GateConv(nn.Conv2d):
-    """A convolution of `ConvGRU`, which takes its weights apart: a call returns them, `(weight, bias)`.
-
-    Only a call runs the hooks that bring offloaded weights (`from_pretrained(..., device_map=...)`); as attributes
-    these are tensors without data, with which torch computes anything, and no error.
-    """
-
-    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self.weight, self.bias  # type: ignore[return-value]  # it has a bias
-
-
-class ConvGRU(nn.Module):
-    """A gated recurrent unit whose products are convolutions (paper section 3.3, equations 3 to 6).
-
-    Its input is the context and the motion. The context is the same in every update, and a convolution is linear: the
-    context's part of each gate is computed once per pair, which spares a third of the unit's work in every update.
-    """
-
-    def __init__(self, hidden_dim: int, context_dim: int, motion_dim: int, kernel_size: tuple[int, int]):
-        super().__init__()
-        self.channels = [hidden_dim, context_dim, motion_dim]
-        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        self.update_gate = GateConv(sum(self.channels), hidden_dim, kernel_size, padding=padding)
-        self.reset_gate = GateConv(sum(self.channels), hidden_dim, kernel_size, padding=padding)
-        self.candidate = GateConv(sum(self.channels), hidden_dim, kernel_size, padding=padding)
-
-    def prepare(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What all updates of a pair share.
-
-        Args:
-            context: `(B, context_dim, h, w)`.
-
-        Returns:
-            The context's part of both gates `(B, 2 * hidden_dim, h, w)`, and the weights for hidden state and motion
-            that go with it; the context's part of the candidate `(B, hidden_dim, h, w)`, and its weights.
-        """
-        return *self._split(context, self.update_gate, self.reset_gate), *self._split(context, self.candidate)
-
-    def _split(self, context: Tensor, *convs: GateConv) -> tuple[Tensor, Tensor]:
-        """Several convolutions of the same input as one: the context's part of it, and the weights of the rest."""
-        weight, bias = (torch.cat(tensors) for tensors in zip(*(conv() for conv in convs), strict=True))
-        of_hidden, of_context, of_motion = weight.split(self.channels, dim=1)
-        part = F.conv2d(context.to(weight.device), of_context, bias, padding=convs[0].padding)
-        # Autocast would cast it in every update: it remembers that for parameters only.
-        return part, torch.cat([of_hidden, of_motion], dim=1).to(part.dtype)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        motion: Tensor,
-        gates_part: Tensor,
-        gates_weight: Tensor,
-        candidate_part: Tensor,
-        candidate_weight: Tensor,
-    ) -> Tensor:
-        """`hidden` and `motion` are `(B, ., h, w)`; the rest is as `prepare` returns it. Returns the new `hidden`."""
-        padding = self.candidate.padding
-        gates = gates_part + F.conv2d(torch.cat([hidden, motion], dim=1), gates_weight, padding=padding)
-        update, reset = torch.sigmoid(gates).chunk(2, dim=1)
-        reset_and_motion = torch.cat([reset * hidden, motion], dim=1)
-        candidate = torch.tanh(candidate_part + F.conv2d(reset_and_motion, candidate_weight, padding=padding))
-        return (1 - update) * hidden + update * candidate
-
-
-class UpdateBlock(GradientCheckpointingLayer):
-    """One update (paper section 3.3): the new recurrent state, and the change of the flow that it wants."""
-
-    def __init__(self, config: RaftConfig):
-        super().__init__()
-        self.motion_encoder = MotionEncoder(config)
-        self.grus = nn.ModuleList(
-            ConvGRU(config.hidden_dim, config.context_dim, config.motion_dim, (height, width))
-            for height, width in config.gru_kernels
-        )
-        self.flow_head = nn.Sequential(
-            nn.Conv2d(config.hidden_dim, config.flow_head_dim, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(config.flow_head_dim, 2, 3, padding=1),
-        )
-
-    def prepare(self, context: Tensor) -> list[Tensor]:
-        """What all updates of a pair share of its context `(B, context_dim, h, w)`: four tensors for each GRU."""
-        return [shared for gru in self.grus for shared in gru.prepare(context)]  # type: ignore[operator]
-
-    def forward(self, hidden: Tensor, corr: Tensor, flow: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
-        """One update.
-
-        Args:
-            hidden: `(B, hidden_dim, h, w)`.
-            corr: `(B, L * K, h, w)`, looked up around `flow`.
-            flow: `(B, 2, h, w)`, grid pixels.
-            shared: As `prepare` returns it; separate tensors, as activation checkpointing wants them.
-
-        Returns:
-            The new `hidden`, and the change of the flow `(B, 2, h, w)`, grid pixels.
-        """
-        motion = self.motion_encoder(cast_saturating(corr, hidden.dtype), cast_saturating(flow, hidden.dtype))
-        for i, gru in enumerate(self.grus):
-            hidden = gru(hidden, motion, *shared[4 * i : 4 * i + 4])
-        return hidden, self.flow_head(hidden)
-
-
-class ConvexUpsampler(GradientCheckpointingLayer):
+class ConvexUpsampler(nn.Module):
     """Every full-resolution flow is a convex combination of the 3x3 grid flows around it (paper section 3.3)."""
 
     def __init__(self, config: RaftConfig):
         super().__init__()
         self.mask_head = nn.Sequential(
             nn.Conv2d(config.hidden_dim, 256, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(256, 9 * GRID * GRID, 1),
         )
 
@@ -386,20 +175,23 @@ class RaftForOpticalFlow(PreTrainedModel):
         features = self.encode_features(pixel_values.transpose(0, 1).flatten(0, 1))
         features1, features2 = features.unflatten(0, (2, -1)).unbind()
         hidden, context = self.encode_context(pixel_values[:, 0])
-        keep_all = labels is not None or output_flow_predictions
-        flow, flow_predictions = self.estimate(
-            features1, features2, hidden, context, num_flow_updates, initial_flow, keep_all
-        )
-
-        loss = None
+        config, predictions, losses = self.config, [], []
         if labels is not None:
-            config = self.config
-            loss = sequence_loss(flow_predictions, labels, valid, config.loss_gamma, config.loss_max_flow)
+            terms = SequenceLossTerms(labels, valid, num_flow_updates, config.loss_gamma, config.loss_max_flow)
+        states = self.updates(features1, features2, hidden, context, num_flow_updates, initial_flow)
+        for i, (hidden, flow) in enumerate(states):
+            if output_flow_predictions or i == num_flow_updates - 1:
+                predictions.append(self.upsampler(hidden, flow))
+                if labels is not None:
+                    losses.append(terms(i, predictions[-1]))
+            elif labels is not None:
+                losses.append(self._upsample_and_score(terms, i, hidden, flow))
+
         output = RaftOutput(
-            loss=loss,
-            flow=flow_predictions[-1],
+            loss=torch.stack(losses).sum() if losses else None,
+            flow=predictions[-1],
             low_res_flow=flow,
-            flow_predictions=tuple(flow_predictions) if output_flow_predictions else None,
+            flow_predictions=tuple(predictions) if output_flow_predictions else None,
         )
         return output if return_dict else output.to_tuple()
 
@@ -413,7 +205,7 @@ class RaftForOpticalFlow(PreTrainedModel):
         hidden, context = self.context_encoder(images.to(self.dtype)).split(dims, dim=1)
         return torch.tanh(hidden), torch.relu(context)
 
-    def estimate(
+    def updates(
         self,
         features1: Tensor,
         features2: Tensor,
@@ -421,9 +213,8 @@ class RaftForOpticalFlow(PreTrainedModel):
         context: Tensor,
         num_flow_updates: int,
         initial_flow: Tensor | None = None,
-        keep_all: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Flow from the encodings of two frames, for those who keep encodings from one pair to the next.
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Update the flow of two frames from their encodings, which some keep from one pair to the next.
 
         Args:
             features1: of frame 1, `encode_features`.
@@ -431,12 +222,13 @@ class RaftForOpticalFlow(PreTrainedModel):
             hidden, context: of frame 1, `encode_context`.
             num_flow_updates: at least 1.
             initial_flow: `(B, 2, h, w)` in grid pixels; None: zero.
-            keep_all: upsample the flow of every update, not of the last one only.
 
-        Returns:
-            The last flow `(B, 2, h, w)` in grid pixels, and upsampled ones `(B, 2, H, W)` in pixels.
+        Yields:
+            After each update, the hidden state `(B, hidden_dim, h, w)` and the flow `(B, 2, h, w)` in grid pixels,
+            of which `upsampler(hidden, flow)` makes `(B, 2, H, W)` in pixels.
         """
-        corr = CorrelationPyramid(features1, features2, self.config.corr_levels, self.config.corr_radius)
+        config = self.config
+        corr = make_correlation(config.correlation, features1, features2, config.corr_levels, config.corr_radius)
         batch, _, height, width = hidden.shape
         # Coordinates need float32: neighbouring pixels of a wide image are one number in half precision.
         dtype = torch.promote_types(self.dtype, torch.float32)
@@ -444,14 +236,23 @@ class RaftForOpticalFlow(PreTrainedModel):
         grid = pixel_grid(batch, height, width, dtype, features1.device)
         flow = torch.zeros_like(grid) if initial_flow is None else initial_flow.to(grid)
         shared = self.update_block.prepare(context)
-        flow_predictions = []
-        for i in range(num_flow_updates):
+        for _ in range(num_flow_updates):
             flow = flow.detach()  # no gradient flows through the coordinates, as in the published training
             hidden, delta_flow = self.update_block(hidden, corr.lookup(grid + flow), flow, *shared)
             flow = flow + delta_flow.to(flow)
-            if keep_all or i == num_flow_updates - 1:
-                flow_predictions.append(self.upsampler(hidden, flow))
-        return flow, flow_predictions
+            yield hidden, flow
+
+    def _upsample_and_score(self, terms: SequenceLossTerms, i: int, hidden: Tensor, flow: Tensor) -> Tensor:
+        """The loss of a prediction that nobody asked for.
+
+        It is computed again in the backward pass: what upsampling and loss would keep of every update for it is a
+        quarter of all that training keeps, and a twentieth of the work.
+        """
+
+        def run(hidden: Tensor, flow: Tensor) -> Tensor:
+            return terms(i, self.upsampler(hidden, flow))
+
+        return checkpoint(run, hidden, flow, use_reentrant=False, preserve_rng_state=False)
 
     def _check_inputs(
         self,

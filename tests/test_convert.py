@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_modeling_raft import BUILDERS, images, tiny_config
+from tiny_run import PROJECT
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from modeling_raft import RaftConfig, RaftForOpticalFlow, RaftImageProcessor
@@ -181,12 +182,7 @@ def test_a_process_without_the_package_loads_it_as_remote_code(tmp_path):
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
-        "configuration_raft.py",
-        "modeling_raft.py",
-        "correlation_raft.py",
-        "loss_raft.py",
-        "image_processing_raft.py",
-        "pipeline_raft.py",
+        *(path.name for path in (PROJECT / "modeling_raft").glob("*_raft.py")),
     }
     command = [sys.executable, "-I", "-c", BLOCK_PACKAGE + STRANGER, tmp_path / "model", tmp_path / "again"]
     result = subprocess.run(

@@ -16,7 +16,7 @@ import train_flow
 from flow_training import processes
 from modeling_raft import RaftConfig, RaftForOpticalFlow, modeling_raft
 from modeling_raft.convert_raft_checkpoint import load_raft
-from modeling_raft.modeling_raft import FLOAT16_MAX, cast_saturating, relu_saturating
+from modeling_raft.update_block_raft import FLOAT16_MAX, cast_saturating, relu_saturating
 
 SIZES = {"small": RaftConfig.small, "large": RaftConfig}
 HALVES = [torch.float16, torch.bfloat16]

@@ -1,0 +1,81 @@
+"""The encoders of features and of context (paper section 3.1), and what they are built from."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_raft import RaftConfig
+
+
+class EncoderConv(nn.Conv2d):
+    """A convolution of the encoders: a name of its own, since it starts from other weights than the others."""
+
+
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str) -> nn.Sequential:
+    """A convolution that keeps the size (but for its stride), and its normalisation (neither has an activation)."""
+    norms: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d, "none": nn.Identity}
+    conv = EncoderConv(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+    return nn.Sequential(OrderedDict(conv=conv, norm=norms[norm](out_channels)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, or as a bottleneck 1x1, 3x3 and 1x1 ones, beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: str, bottleneck: bool):
+        super().__init__()
+        if bottleneck:
+            inner = out_channels // 4
+            self.layers = nn.ModuleList(
+                [
+                    conv_norm(in_channels, inner, 1, 1, norm),
+                    conv_norm(inner, inner, 3, stride, norm),
+                    conv_norm(inner, out_channels, 1, 1, norm),
+                ]
+            )
+        else:
+            self.layers = nn.ModuleList(
+                [
+                    conv_norm(in_channels, out_channels, 3, stride, norm),
+                    conv_norm(out_channels, out_channels, 3, 1, norm),
+                ]
+            )
+        self.shortcut = nn.Identity() if stride == 1 else conv_norm(in_channels, out_channels, 1, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for layer in self.layers:
+            out = F.relu(layer(out), inplace=True)
+        return F.relu(self.shortcut(x) + out, inplace=True)
+
+
+class Encoder(nn.Module):
+    """Image to features at 1/8 of its size (paper section 3.1): `(B, 3, H, W)` to `(B, out_channels, h, w)`."""
+
+    gradient_checkpointing = False  # transformers sets it, and the function that goes with it
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def __init__(self, config: RaftConfig, out_channels: int, norm: str):
+        super().__init__()
+        bottleneck = config.encoder_block == "bottleneck"
+        stem, *widths = config.encoder_widths
+        self.stem = conv_norm(3, stem, 7, 2, norm)
+        self.stages = nn.ModuleList()
+        for in_width, width, stride in zip([stem, *widths], widths, (1, 2, 2), strict=False):
+            first = ResidualBlock(in_width, width, stride, norm, bottleneck)
+            self.stages.append(nn.Sequential(first, ResidualBlock(width, width, 1, norm, bottleneck)))
+        self.projection = EncoderConv(widths[-1], out_channels, 1)
+        self.dropout = nn.Dropout2d(config.dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.stem(images), inplace=True)
+        # A block that is computed again would count each batch twice in BatchNorm's statistics.
+        counting = any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.modules())
+        for stage in self.stages:
+            for block in stage:  # type: ignore[attr-defined]
+                if self.gradient_checkpointing and self.training and not counting:
+                    x = self._gradient_checkpointing_func(block.__call__, x)
+                else:
+                    x = block(x)
+        return self.dropout(self.projection(x))

@@ -1,0 +1,238 @@
+"""Benchmarks: contenders compute the same, figures arrive where readers find them, and nothing else moves."""
+
+import copy
+import json
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+import torch
+
+from benchmarks import bench_inference, bench_scaling, cost, report
+from benchmarks.agreement import check_flows, check_losses, estimate_flows
+from benchmarks.contenders import Contender, make_pairs
+from benchmarks.cost import Job
+from benchmarks.machine import describe_machine, machine_in_words
+from benchmarks.memory_needed import estimate_bytes, fits
+from benchmarks.own_process import peak_bytes, resident_bytes
+from benchmarks.rounds import spread, time_in_rounds, times_as_fast
+
+CPU = torch.device("cpu")
+PEER = Contender("torchvision", "small")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tensors this small, threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def three(value: float) -> dict[str, float]:
+    return {"median": value, "lowest": value - 0.01, "highest": value + 0.01}
+
+
+def row(name: str, **figures) -> dict:
+    return {"contender": name, "difference_px": 4e-6} | figures
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Made-up results of every benchmark, as files; a function writes them again with changes."""
+    machine = describe_machine()
+    settings = {"runs": 3, "height": 384, "width": 512, "num_flow_updates": 12, "device": "cpu"}
+    names = ["torchvision large fp32", "ours large fp32"]
+    timed = [row(name, seconds=three(2.5), times_as_fast=three(1.25)) for name in names]
+    point = {"seconds": three(0.5), "first_gb": 1.5, "peak_gb": 2.5, "difference_px": 2e-5}
+    dense = {"contender": "ours large fp32 dense"}
+    reports = {
+        "inference": {"settings": settings, "results": timed},
+        "training": {"settings": settings | {"batch_size": 2}, "results": timed},
+        "memory": {
+            "settings": settings | {"batch_size": 2},
+            "results": [row(name, peak_gb=three(3.5), share=three(0.62)) for name in names],
+        },
+        "on_demand": {
+            "settings": settings | {"largest": [2176, 3840]},
+            "results": [row("ours large fp32 on_demand", seconds=three(7.5), times_as_fast=three(1.0),
+                            first_gb=1.25, peak_gb=1.75)],
+            "left_out": [{"contender": names[0], "needed_gb": 15.2}],
+            "largest": {"contender": "ours large fp32 on_demand", "seconds": 70.25, "first_gb": 6.5,
+                        "torchvision_needs_gb": 232},
+        },
+        "scaling": {
+            "settings": settings,
+            "pixels": [dense | point | {"height": 256, "width": 256}, dense | point | {"height": 512, "width": 512},
+                       {"contender": names[0], "height": 256, "width": 256, "needed_gb": 99.0, "difference_px": None}],
+            "updates": [dense | {"num_flow_updates": 4, "seconds": three(1), "difference_px": 3e-5}],
+            "training": [row(names[0], num_flow_updates=4, seconds=three(1), first_gb=1.0, peak_gb=2.0)],
+        },
+        "data": {
+            "results": [{"dataset": "chairs", "content": "made up",
+                         "whole": {"ours_per_s": 131.2, "baseline_per_s": 32.1, "ratio": 4.06}}]
+        },
+    }  # fmt: skip
+
+    def write(change=lambda reports: None):
+        changed = {name: {"machine": dict(machine)} | copy.deepcopy(content) for name, content in reports.items()}
+        change(changed)
+        for name, content in changed.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return write
+
+
+def test_the_report_replaces_what_is_between_the_markers_and_nothing_else(results, tmp_path):
+    readme = tmp_path / "README.md"
+    before, after = "# Title\n\n| a |\n|---|\n\n", "\n\n## Files é\n"
+    readme.write_text(f"{before}{report.BEGIN}\nold figures\n{report.END}{after}", encoding="utf-8")
+    arguments = ["--results", str(results()), "--readme", str(readme), "--plots", str(tmp_path / "docs")]
+    report.main(arguments)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(before + report.BEGIN) and text.endswith(report.END + after)
+    assert "old figures" not in text
+    report.main(arguments)
+    assert readme.read_text(encoding="utf-8") == text
+    pictures = {path.name for path in (tmp_path / "docs").iterdir()}
+    assert pictures == {"scaling_pixels.png", "scaling_updates.png"}
+
+
+def test_tables_have_the_figures(results):
+    lines = report.as_markdown(report.load_reports(results())).splitlines()
+    assert "| this project, large, fp32 | 2.50 (2.49 to 2.51) | 1.25 (1.24 to 1.26) | 4e-06 |" in lines
+    step = "| this project, large, fp32 | 2.50 (2.49 to 2.51) | 1.25 (1.24 to 1.26) | 3.50 (3.49 to 3.51) | 62% |"
+    assert step in lines
+    assert "| this project, large, fp32, on demand | 2176x3840 | 70.2 |  | 6.5 |  |" in lines
+    assert any("would take about 15" in line for line in lines)
+    assert [line for line in lines if line.startswith("| times ")] == ["| times | 4.1 |"]
+    assert any("3e-05 px" in line for line in lines)  # the largest difference is one of the scaling's
+    for line, following in zip(lines, lines[1:], strict=False):
+        if line.startswith("|") and following.startswith("|"):
+            assert line.count("|") == following.count("|")
+
+
+def test_a_report_refuses_what_it_cannot_compare(results, tmp_path):
+    with pytest.raises(ValueError, match="memory.json was measured with torch 1.0"):
+        report.load_reports(results(lambda reports: reports["memory"]["machine"].update(torch="1.0")))
+    other_batch = results(lambda reports: reports["memory"]["settings"].update(batch_size=4))
+    with pytest.raises(ValueError, match="other settings"):
+        report.as_markdown(report.load_reports(other_batch))
+    report.load_reports(results(lambda reports: reports["data"]["machine"].update(date="1999-12-31", gpu="a GPU")))
+    (tmp_path / "scaling.json").unlink()
+    with pytest.raises(ValueError, match="no results of scaling"):
+        report.load_reports(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", report.BEGIN, f"{report.END}{report.BEGIN}", 2 * f"{report.BEGIN}\n{report.END}\n"]
+)
+def test_a_readme_without_one_pair_of_markers_is_refused(text):
+    with pytest.raises(ValueError, match="each once"):
+        report.put_between_markers(text, "block")
+
+
+def test_contenders_compute_the_same():
+    contenders = [PEER, Contender("ours", "small"), Contender("ours", "small", options=("on_demand",))]
+    contenders.append(Contender("ours", "small", options=("dense",)))
+    pixel_values, labels = make_pairs(1, 128, 128)
+    flows = estimate_flows(contenders, pixel_values, 2)
+    assert max(check_flows(contenders, flows).values()) < 1e-3
+    flows[contenders[1].name] = flows[contenders[1].name] + 0.01
+    with pytest.raises(ValueError, match="do not compute the same"):
+        check_flows(contenders, flows)
+    flows[contenders[1].name] *= torch.nan
+    with pytest.raises(ValueError, match="do not compute the same"):
+        check_flows(contenders, flows)
+    losses = {c.name: c.training_step(pixel_values, labels, 2)().item() for c in contenders[:2]}
+    check_losses(losses, PEER.name)
+    with pytest.raises(ValueError, match="has the loss"):
+        check_losses(losses | {"ours": 1.1 * losses[PEER.name]}, PEER.name)
+
+
+def test_a_benchmark_from_its_flags_to_its_file(tmp_path, monkeypatch):
+    contenders = [PEER, Contender("ours", "small"), Contender("ours", "small", "bf16")]
+    monkeypatch.setattr(bench_inference, "CONTENDERS", contenders)
+    output = tmp_path / "new" / "inference.json"
+    flags = {"runs": 1, "height": 128, "width": 128, "num_flow_updates": 1}
+    bench_inference.main(
+        [*(word for name, value in flags.items() for word in (f"--{name}", str(value))), "--device", "cpu"]
+        + ["--output", str(output)]
+    )
+    written = json.loads(output.read_text())
+    assert flags.items() <= written["settings"].items()
+    assert written["machine"].keys() == describe_machine().keys()
+    rows = {row["contender"]: row for row in written["results"]}
+    assert list(rows) == [contender.name for contender in contenders]
+    assert rows["torchvision small fp32"]["times_as_fast"]["median"] == 1
+    assert all(row["seconds"]["median"] > 0 for row in rows.values())
+    report.inference_table(written)
+
+
+def test_what_cannot_fit_is_left_out(monkeypatch):
+    """torchvision took 8.4 GB for one pair of 1088x1920, and more for the next one."""
+    on_demand, large = Contender("ours", options=("on_demand",)), Contender("torchvision")
+    assert 8.4e9 < estimate_bytes(large, 1088, 1920) < 20e9
+    assert fits(large, 1088, 1920, CPU, free=20 * 10**9) and not fits(large, 1088, 1920, CPU, free=8 * 10**9)
+    assert not fits(large, 2176, 3840, CPU, free=85 * 10**9)
+    assert 8.4e9 < estimate_bytes(large, 1088, 1920, one_pair=True) < estimate_bytes(large, 1088, 1920)
+    assert fits(on_demand, 2176, 3840, CPU, free=24 * 10**9)
+
+    done = []
+
+    def run_here(function, job):
+        done.append(job.contender)
+        return cost.run_job(job)
+
+    monkeypatch.setattr(cost, "in_new_process", run_here)
+    monkeypatch.setattr("benchmarks.memory_needed.device_memory", lambda device: (10**6, 10**6))
+    parser = bench_scaling.make_parser("", runs=1, height=128, width=128, num_flow_updates=1)
+    arguments = parser.parse_args(["--device", "cpu"])
+    arguments.sizes = [(128, 128)]
+    points = bench_scaling.measure_pixels(arguments)
+    assert done == [bench_scaling.ON_DEMAND]
+    assert ["needed_gb" in point for point in points] == [True, True, False]
+    assert points[-1]["seconds"]["median"] > 0
+
+
+def test_a_process_that_runs_out_of_memory_leaves_no_figure(monkeypatch):
+    def break_down(function, job):
+        raise BrokenProcessPool("ended")
+
+    monkeypatch.setattr(cost, "in_new_process", break_down)
+    assert cost.measure(Job(PEER, "inference", 1, 128, 128, 1)) is None
+
+
+@pytest.mark.slow
+def test_a_figure_comes_from_a_process_of_its_own():
+    job = Job(Contender("ours", "small", options=("checkpointing",)), "training", 1, 128, 128, 2, calls=3)
+    block = torch.ones(2**30, dtype=torch.uint8)  # of this process: it must not count
+    found = cost.measure(job)
+    del block
+    assert 0.01 < found.first_gb <= found.peak_gb < 0.9
+    assert len(found.seconds) == 2 and found.flow.shape == (1, 2, 128, 128)
+    assert found.loss == pytest.approx(cost.run_job(job).loss, rel=1e-4)
+
+
+def test_peaks_of_memory_count_what_is_gone_again():
+    before = resident_bytes()
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    del block
+    assert peak_bytes() >= before + 60 * 2**20
+
+
+def test_rounds_take_turns_after_one_that_does_not_count():
+    order = []
+    seconds = time_in_rounds({name: lambda name=name: order.append(name) for name in "ABC"}, 2, CPU)
+    assert "".join(order) == "ABC" * 3
+    assert [len(taken) for taken in seconds.values()] == [2, 2, 2]
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "lowest": 1.0, "highest": 3.0}
+    assert times_as_fast([1.0, 2.0, 4.0], [2.0, 2.0, 2.0]) == {"median": 1.0, "lowest": 0.5, "highest": 2.0}
+
+
+def test_the_machine_is_described_without_its_name():
+    machine = describe_machine()
+    words = machine_in_words(machine)
+    assert f"torch {torch.__version__.split('+')[0]}" in words and f"{machine['cores']} cores" in words
+    assert machine["gpu"] is None and machine["memory_gb"] > 0

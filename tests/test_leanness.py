@@ -1,0 +1,142 @@
+"""What makes the model fast and lean must not change what it computes: torchvision's flow, loss and gradients."""
+
+import pytest
+import torch
+from test_modeling_raft import SMALL_IMAGE, images, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.optical_flow import raft_large, raft_small
+
+from modeling_raft import RaftForOpticalFlow, sequence_loss
+from modeling_raft.convert_raft_checkpoint import convert_state_dict
+
+WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "lift_fresh")
+
+
+@pytest.mark.parametrize("make_peer", [raft_large, raft_small])
+@pytest.mark.parametrize("correlation", ["dense", "on_demand"])
+def test_loss_and_gradients_are_torchvisions(make_peer, correlation):
+    torch.manual_seed(0)
+    peer = make_peer().train()
+    model = convert_state_dict(peer.state_dict()).train()
+    model.config.correlation = correlation
+    pixel_values, labels = images(1, 2, 3, 128, 136), 3 * torch.randn(1, 2, 128, 136)
+    predictions = peer(pixel_values[:, 0], pixel_values[:, 1], num_flow_updates=3)
+    expected = sequence_loss(predictions, labels)
+    output = model(pixel_values, labels=labels, num_flow_updates=3)
+    torch.testing.assert_close(output.flow, predictions[-1], atol=1e-3, rtol=0)
+    torch.testing.assert_close(output.loss, expected)
+    expected.backward()
+    output.loss.backward()
+    # Names differ, so the peer's gradients take the way that its weights take.
+    gradients = {name: torch.zeros_like(buffer) for name, buffer in peer.named_buffers()}
+    gradients |= {name: weight.grad for name, weight in peer.named_parameters()}
+    converted = convert_state_dict(gradients)
+    theirs = torch.cat([weight.flatten() for weight in converted.parameters()])
+    ours = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def loss_and_gradients(model, **options):
+    inputs = {"pixel_values": images(*SMALL_IMAGE).double(), "labels": torch.ones(1, 2, 64, 72).double()}
+    model.zero_grad()
+    loss = model(**inputs, **options).loss
+    loss.backward()
+    return loss.detach(), [weight.grad.clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("freeze_batch_norm", [True, False])
+def test_recomputing_changes_neither_gradients_nor_statistics(freeze_batch_norm):
+    """Predictions that nobody asked for are computed again in the backward pass; with checkpointing, all is."""
+    torch.manual_seed(0)
+    config = tiny_config(freeze_batch_norm=freeze_batch_norm, convex_upsampling=True, context_norm="batch")
+    plain = RaftForOpticalFlow(config).double()
+    lean = RaftForOpticalFlow(config).double()
+    lean.load_state_dict(plain.state_dict())
+    lean.activation_checkpointing_enable()
+    expected = loss_and_gradients(plain, output_flow_predictions=True)
+    calls = []
+    modules = {"mask": lean.upsampler.mask_head, "head": lean.update_block.flow_head}
+    modules |= {"encoder": lean.feature_encoder.stages[1][0], "context": lean.context_encoder.stages[1][0]}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    loss, gradients = loss_and_gradients(lean)
+    updates = config.num_flow_updates
+    assert calls.count("mask") == 2 * updates - 1  # the last prediction is an output
+    assert calls.count("head") == 2 * updates and calls.count("encoder") == 2
+    # Again, its BatchNorm would count the batch twice.
+    assert calls.count("context") == (2 if freeze_batch_norm else 1)
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(gradients, expected[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(dict(lean.named_buffers()), dict(plain.named_buffers()))
+
+
+def kept_for_backward(model, **options) -> int:
+    """Bytes of activations that the backward pass of a training step waits for."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs = {"pixel_values": images(*SMALL_IMAGE), "labels": torch.ones(1, 2, 64, 72)}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**inputs, **options)
+    assert output.loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("checkpointing", "channels"), [(False, 450), (True, 150)])
+def test_an_update_keeps_little(checkpointing, channels):
+    """Upsampling alone would keep 576 channels of masks, twice; the correlations of this tiny model are 100."""
+    model = RaftForOpticalFlow(tiny_config(convex_upsampling=True))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    few, many = (kept_for_backward(model, num_flow_updates=updates) for updates in (2, 12))
+    assert 100 * 8 * 9 * 4 < (many - few) / 10 < channels * 8 * 9 * 4
+
+
+class Operators(TorchDispatchMode):
+    """Names of all operators that run while this is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_waits_for_the_device(checkpointing):
+    """No number is fetched from it, none is sent to it, and no shape depends on one; in bf16, too."""
+    model = RaftForOpticalFlow(tiny_config(convex_upsampling=True, correlation="dense"))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    labels, valid = torch.ones(1, 2, 64, 72), torch.ones(1, 64, 72, dtype=torch.bool)
+    with Operators() as operators, torch.autocast("cpu", torch.bfloat16):
+        model(images(*SMALL_IMAGE), labels=labels, valid=valid).loss.backward()
+    assert "convolution" in operators.names
+    assert not operators.names & set(WAITS_FOR_DEVICE)
+    model.config.correlation = "on_demand"  # this one says that it waits
+    with Operators() as operators:
+        model(images(*SMALL_IMAGE), labels=labels, valid=valid)
+    assert operators.names & set(WAITS_FOR_DEVICE)
+
+
+@pytest.mark.slow
+def test_compiles_into_one_graph():
+    """Without a break, to predict and to train; and the graph computes the same."""
+    torch._dynamo.reset()
+    model = RaftForOpticalFlow(tiny_config(convex_upsampling=True, num_flow_updates=2)).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    pixel_values, labels = images(*SMALL_IMAGE), torch.ones(1, 2, 64, 72)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixel_values).flow, model(pixel_values).flow)
+    results = []
+    for run in (compiled.train(), model):
+        model.zero_grad()
+        loss = run(pixel_values, labels=labels).loss
+        loss.backward()
+        results.append([loss.detach(), *(weight.grad.clone() for weight in model.parameters())])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
