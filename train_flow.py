@@ -27,7 +27,7 @@ from flow_training.checkpoints import (
 from flow_training.config import TrainingConfig, parse_config
 from flow_training.data import training_pairs, validation_sets
 from flow_training.evaluation import evaluate_sets
-from flow_training.metrics import error_sums
+from flow_training.metrics import error_sums, flow_length
 from flow_training.model import batch_norm_batch, make_model, model_size
 from flow_training.model_card import read_lineage
 from flow_training.model_folder import write_run
@@ -203,7 +203,7 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
 
 def training_errors(output: RaftOutput, batch: dict[str, Tensor], max_flow: float) -> Tensor:
     """Error sums of the last prediction, over the pixels that the loss counts."""
-    counted = batch["valid"] & (torch.linalg.vector_norm(batch["labels"], dim=1) < max_flow)
+    counted = batch["valid"] & (flow_length(batch["labels"]) < max_flow)
     return error_sums(output.flow.detach(), batch["labels"], counted).sum(0)
 
 

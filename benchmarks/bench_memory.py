@@ -20,7 +20,7 @@ STEPS = 2  # from the second on, what a step leaves behind counts, too
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, runs=3, height=384, width=512, num_flow_updates=12)
+    parser = make_parser(__doc__, runs=1, height=384, width=512, num_flow_updates=12)
     parser.add_argument("--batch_size", type=positive, default=2, help="pairs in a step (default: 2)")
     arguments = parser.parse_args(argv)
     costs: dict[str, list[Cost]] = {contender.name: [] for contender in CONTENDERS}

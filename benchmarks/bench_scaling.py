@@ -37,7 +37,7 @@ ENOUGH_SECONDS = 20.0  # of calls that count: large images take less than small 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, runs=3, height=384, width=512, num_flow_updates=4)
+    parser = make_parser(__doc__, runs=2, height=384, width=512, num_flow_updates=4)
     parser.add_argument(
         "--sizes", type=image_size, nargs="+", default=[image_size(size) for size in SIZES], metavar="HEIGHTxWIDTH",
         help=f"of the series of pixels (default: {' '.join(SIZES)})",

@@ -23,7 +23,7 @@ CONTENDERS = [
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, runs=5, height=384, width=512, num_flow_updates=12)
+    parser = make_parser(__doc__, runs=3, height=384, width=512, num_flow_updates=12)
     parser.add_argument("--batch_size", type=positive, default=2, help="pairs in a step (default: 2)")
     arguments = parser.parse_args(argv)
     device, updates = open_device(arguments.device), arguments.num_flow_updates

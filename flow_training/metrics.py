@@ -8,6 +8,11 @@ REGIONS = ("s0_10", "s10_40", "s40_plus", "matched", "unmatched")
 SLOW, FAST = 10, 40  # pixels of true motion: the bounds of MPI-Sintel's s0-10, s10-40 and s40+
 
 
+def flow_length(flow: Tensor) -> Tensor:
+    """Length of the vectors of a flow `(B, 2, H, W)`: `(B, H, W)`, in its unit."""
+    return flow[:, 0].hypot(flow[:, 1])  # vector_norm takes a hundred times as long, over an axis of two
+
+
 def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
     """What each pair adds to the figures.
 
@@ -20,8 +25,8 @@ def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
         `(B, 6)`, the columns of `ERROR_SUMS`: valid pixels, the sum of their end-point errors, how many of these are
         below 1, 3 and 5 px, and how many count as outliers of KITTI: error over 3 px and over 5 % of the true length.
     """
-    error = torch.linalg.vector_norm(flow_pred - flow_gt, dim=1)
-    length = torch.linalg.vector_norm(flow_gt, dim=1)
+    error = flow_length(flow_pred - flow_gt)
+    length = flow_length(flow_gt)
     columns = [
         torch.ones_like(error),
         error,
@@ -76,8 +81,8 @@ def region_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor, occluded: Ten
     Returns:
         `(B, 5, 2)`: for each of `REGIONS` its valid pixels and the sum of their end-point errors.
     """
-    error = torch.linalg.vector_norm(flow_pred - flow_gt, dim=1)
-    speed = torch.linalg.vector_norm(flow_gt, dim=1)
+    error = flow_length(flow_pred - flow_gt)
+    speed = flow_length(flow_gt)
     slow, fast = speed < SLOW, speed > FAST
     unknown = torch.zeros_like(valid)
     regions = [

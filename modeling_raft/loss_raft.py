@@ -41,7 +41,7 @@ class SequenceLossTerms:
     """
 
     def __init__(self, labels: Tensor, valid: Tensor | None, num_predictions: int, gamma: float, max_flow: float):
-        mask = torch.linalg.vector_norm(labels, dim=1) < max_flow  # False for NaN
+        mask = labels[:, 0].hypot(labels[:, 1]) < max_flow  # False for NaN; vector_norm of two takes far longer
         if valid is not None:
             mask = mask & (valid if valid.dtype == torch.bool else valid >= 0.5)
         self.mask = mask[:, None]

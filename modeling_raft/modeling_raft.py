@@ -8,6 +8,7 @@ Shapes: `B` batch, `H W` image, `h w` 1/8 grid, `L` correlation levels, `K` corr
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,20 +60,37 @@ class ConvexUpsampler(nn.Module):
 
     def forward(self, hidden: Tensor, flow: Tensor) -> Tensor:
         """`hidden` `(B, hidden_dim, h, w)` and `flow` `(B, 2, h, w)` to `(B, 2, H, W)`."""
+        return self.combine(self.look(hidden), flow)
+
+    def look(self, hidden: Tensor) -> Tensor:
+        """Logarithms of the weights, `(B, 9 * GRID * GRID, h, w)`: the expensive half of the work."""
+        return self.mask_head(hidden)
+
+    def combine(self, mask: Tensor, flow: Tensor) -> Tensor:
+        """The other half."""
         batch, _, height, width = flow.shape
         # A factor of 0.25 balances the gradients of the mask; the weights of published models count on it.
-        mask = 0.25 * self.mask_head(hidden)
-        mask = mask.reshape(batch, 1, 9, GRID, GRID, height, width).to(flow.dtype).softmax(dim=2)
-        neighbours = F.unfold(GRID * flow, kernel_size=3, padding=1).reshape(batch, 2, 9, 1, 1, height, width)
-        upsampled = (mask * neighbours).sum(dim=2)  # (B, 2, GRID, GRID, h, w)
+        mask = (0.25 * mask).reshape(batch, 9, GRID * GRID, height * width).to(flow.dtype).softmax(dim=1)
+        neighbours = F.unfold(GRID * flow, kernel_size=3, padding=1).reshape(batch, 2, 9, 1, height * width)
+        # x and y apart: a product with both at once would take twice the time in the backward pass.
+        upsampled = torch.stack([(mask * component).sum(dim=1) for component in neighbours.unbind(1)], dim=1)
+        upsampled = upsampled.reshape(batch, 2, GRID, GRID, height, width)
         return upsampled.permute(0, 1, 4, 2, 5, 3).reshape(batch, 2, GRID * height, GRID * width)
 
 
 class BilinearUpsampler(nn.Module):
-    """Flow of the small model at full resolution, by interpolation."""
+    """Flow of the small model at full resolution, by interpolation; its `hidden` is what the convex one looks at."""
 
     def forward(self, hidden: Tensor, flow: Tensor) -> Tensor:
-        """`flow` `(B, 2, h, w)` to `(B, 2, H, W)`; `hidden` is what the convex upsampler looks at."""
+        """`flow` `(B, 2, h, w)` to `(B, 2, H, W)`."""
+        return self.combine(self.look(hidden), flow)
+
+    def look(self, hidden: Tensor) -> Tensor:
+        """Nothing to be seen."""
+        return hidden.new_zeros(())
+
+    def combine(self, mask: Tensor, flow: Tensor) -> Tensor:
+        """As `forward`."""
         return GRID * F.interpolate(flow, scale_factor=GRID, mode="bilinear", align_corners=True)
 
 
@@ -243,16 +261,22 @@ class RaftForOpticalFlow(PreTrainedModel):
             yield hidden, flow
 
     def _upsample_and_score(self, terms: SequenceLossTerms, i: int, hidden: Tensor, flow: Tensor) -> Tensor:
-        """The loss of a prediction that nobody asked for.
+        """The loss of a prediction that nobody asked for, of which little is kept for the backward pass.
 
-        It is computed again in the backward pass: what upsampling and loss would keep of every update for it is a
-        quarter of all that training keeps, and a twentieth of the work.
+        What needs much memory and little time is computed again there: the combination of flows and the loss. With
+        activation checkpointing, all is.
         """
 
-        def run(hidden: Tensor, flow: Tensor) -> Tensor:
+        def score(mask: Tensor, flow: Tensor) -> Tensor:
+            return terms(i, self.upsampler.combine(mask, flow))
+
+        def look_and_score(hidden: Tensor, flow: Tensor) -> Tensor:
             return terms(i, self.upsampler(hidden, flow))
 
-        return checkpoint(run, hidden, flow, use_reentrant=False, preserve_rng_state=False)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if self.update_block.gradient_checkpointing and self.training:
+            return again(look_and_score, hidden, flow)
+        return again(score, self.upsampler.look(hidden), flow)
 
     def _check_inputs(
         self,

@@ -85,9 +85,9 @@ def kept_for_backward(model, **options) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(("checkpointing", "channels"), [(False, 450), (True, 150)])
+@pytest.mark.parametrize(("checkpointing", "channels"), [(False, 1300), (True, 150)])
 def test_an_update_keeps_little(checkpointing, channels):
-    """Upsampling alone would keep 576 channels of masks, twice; the correlations of this tiny model are 100."""
+    """Correlations are 100 channels, masks of upsampling 576, and what is made of them would be 1800 more."""
     model = RaftForOpticalFlow(tiny_config(convex_upsampling=True))
     if checkpointing:
         model.activation_checkpointing_enable()
