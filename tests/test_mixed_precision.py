@@ -140,7 +140,7 @@ def test_outputs_coordinates_and_loss_are_float32_under_autocast(size, dtype):
     with torch.autocast("cpu", dtype=dtype):
         output = model(**random_inputs(), num_flow_updates=1, output_flow_predictions=True)
     # hidden, correlations, flow, what updates share; then hidden, flow
-    shared = [dtype] * 4 * len(model.update_block.grus)
+    shared = [dtype] * 5 * len(model.update_block.grus)
     assert seen.pop("UpdateBlock") == [dtype, torch.float32, torch.float32, *shared]
     assert list(seen.values()) == [[dtype, torch.float32]]
     for tensor in (output.loss, output.flow, output.low_res_flow, *output.flow_predictions):
