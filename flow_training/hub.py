@@ -107,7 +107,10 @@ def quoted(text: str) -> str:
 def _card_for(folder: Path, repo_id: str) -> bytes:
     """The card, with code that loads the model from where it is pushed to, wherever that was meant to be."""
     run_config = yaml.safe_load((folder / RUN_CONFIG).read_text())
-    return (folder / CARD).read_text().replace(quoted(loaded_from(run_config)), quoted(repo_id)).encode()
+    card, source = (folder / CARD).read_text(), quoted(loaded_from(run_config))
+    for before in ("model=", "from_pretrained("):  # elsewhere, the folder's name may be another word of the code
+        card = card.replace(before + source, before + quoted(repo_id))
+    return card.encode()
 
 
 def _api(token: str | None) -> HfApi:

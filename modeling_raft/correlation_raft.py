@@ -10,6 +10,8 @@ from .memory_raft import device_memory
 
 logger = logging.get_logger(__name__)
 
+IMPLEMENTATIONS = {"dense": DenseCorrelation, "on_demand": OnDemandCorrelation}
+
 
 def pixel_grid(batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Coordinates of every grid point, `(batch, 2, height, width)` as (x, y)."""
@@ -33,8 +35,9 @@ def make_correlation(
     """
     if kind == "auto":
         kind = _choose(fmap1, fmap2, num_levels)
-    implementation = OnDemandCorrelation if kind == "on_demand" else DenseCorrelation
-    return implementation(fmap1, fmap2, num_levels, radius)
+    if kind not in IMPLEMENTATIONS:
+        raise ValueError(f"correlation must be auto or one of {', '.join(IMPLEMENTATIONS)}; got {kind!r}")
+    return IMPLEMENTATIONS[kind](fmap1, fmap2, num_levels, radius)
 
 
 def _choose(fmap1: Tensor, fmap2: Tensor, num_levels: int) -> str:

@@ -302,8 +302,8 @@ class RaftForOpticalFlow(PreTrainedModel):
                 f"height and width of pixel_values must be at least {smallest} with {levels} correlation levels, "
                 f"so that none is empty; got {height} x {width}"
             )
-        if num_flow_updates < 1:
-            raise ValueError(f"num_flow_updates must be at least 1; got {num_flow_updates}")
+        if not isinstance(num_flow_updates, int) or num_flow_updates < 1:
+            raise ValueError(f"num_flow_updates must be at least 1; got {num_flow_updates!r}")  # and a whole number
         if valid is not None and labels is None:
             raise ValueError("valid says where labels are known, but labels are missing")
         expected = {

@@ -234,3 +234,8 @@ def test_memory_of_a_container_counts(tmp_path):
     assert host_memory(tmp_path, meminfo) == (2**25, 2**26)
     (tmp_path / "memory.max").write_text("max\n")
     assert host_memory(tmp_path, meminfo) == (2**27, total)
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="must be auto or one of dense, on_demand; got 'on-demand'"):
+        make_correlation("on-demand", torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8), 2, 2)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -183,3 +184,20 @@ def test_template_travels_with_an_installation(tmp_path):
 def test_run_config_is_yaml(tmp_path):
     write(tmp_path)
     assert yaml.safe_load((tmp_path / "run_config.yaml").read_text())["train_mix"] == {"kitti_2015": 200, "hd1k": 5}
+
+
+@pytest.mark.parametrize("name", ["flow", "optical-flow", "pt"])
+def test_a_folder_that_is_named_like_a_word_of_the_code_spoils_no_card(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    before = write(Path(name))
+    cards = []
+
+    def create_commit(self, repo_id, operations, commit_message):
+        cards.extend(part.path_or_fileobj.decode() for part in operations if part.path_in_repo == "README.md")
+        return type("Commit", (), {"commit_url": "address"})
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    hub.push_folder(Path(name), "user/model", "token", "message")
+    for call in ("model=", "from_pretrained("):
+        before = before.replace(f'{call}"{name}"', f'{call}"user/model"')
+    assert cards == [before] and before.count('"user/model"') == 3

@@ -46,7 +46,7 @@ def test_the_model_needs_torch_and_transformers_only():
         "torch",
         "transformers",
         "huggingface_hub",
-        *("collections", "copy", "dataclasses", "math", "os", "typing"),
+        *("collections", "copy", "dataclasses", "math", "functools", "os", "pathlib", "typing"),
     }
     for path in (PROJECT / "modeling_raft").glob("*_raft.py"):
         assert set(get_imports(path)) <= allowed, path

@@ -189,7 +189,7 @@ def test_autocast_keeps_flow_and_correlation_in_float32(dtype, monkeypatch):
             seen.append((centroids.dtype, self.volume.dtype))
             return super().lookup(centroids)
 
-    monkeypatch.setattr(correlation_raft, "DenseCorrelation", Spy)
+    monkeypatch.setitem(correlation_raft.IMPLEMENTATIONS, "dense", Spy)
     torch.manual_seed(0)
     model = RaftForOpticalFlow(RaftConfig.small()).eval()
     pixel_values = images(1, 2, 3, 64, 96)

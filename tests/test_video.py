@@ -37,7 +37,7 @@ def shapes():
 def calls(model, monkeypatch):
     """Images that went through each encoder, and what each estimate was started with."""
     seen = {"features": 0, "context": 0, "starts": [], "updates": []}
-    features, context, estimate = model.encode_features, model.encode_context, model.estimate
+    features, context, updates = model.encode_features, model.encode_context, model.updates
 
     def count_features(images):
         seen["features"] += len(images)
@@ -47,15 +47,15 @@ def calls(model, monkeypatch):
         seen["context"] += len(images)
         return context(images)
 
-    def watch_estimate(*args):
+    def watch_updates(*args):
         seen["updates"].append(args[4])
         seen["starts"].append(args[5])
-        return estimate(*args)
+        return updates(*args)
 
     for name, function in (
         ("encode_features", count_features),
         ("encode_context", count_context),
-        ("estimate", watch_estimate),
+        ("updates", watch_updates),
     ):
         monkeypatch.setattr(model, name, function)
     return seen
@@ -105,13 +105,13 @@ def test_a_pair_starts_from_where_the_flow_has_moved(model, shapes, calls, monke
     """The start is the flow of the pair before, carried along itself, shortened; held against a plain form of both."""
     video = FlowVideo(model, shapes.frames[:3], num_flow_updates=3, warm_num_flow_updates=2, mixed_precision="no")
     monkeypatch.setattr("flow_inference.video.SceneWatch.jumps", lambda self, error: False)
-    estimates = []
-    estimate = model.estimate
-    monkeypatch.setattr(model, "estimate", lambda *args: estimates.append(estimate(*args)) or estimates[-1])
+    states = []
+    updates = model.updates
+    monkeypatch.setattr(model, "updates", lambda *args: states.append(list(updates(*args))) or states[-1])
     pairs = list(video)
     assert [(pair.warm, pair.num_flow_updates) for pair in pairs] == [(False, 3), (True, 2)]
     assert calls["updates"] == [3, 2] and calls["starts"][0] is None
-    low_res_flow = estimates[0][0][0].numpy()
+    low_res_flow = states[0][-1][1][0].numpy()
     _, height, width = low_res_flow.shape
     y, x = np.mgrid[:height, :width]
     landed = np.stack([x, y]) + low_res_flow
