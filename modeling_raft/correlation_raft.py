@@ -10,7 +10,10 @@ from .memory_raft import device_memory
 
 logger = logging.get_logger(__name__)
 
-IMPLEMENTATIONS = {"dense": DenseCorrelation, "on_demand": OnDemandCorrelation}
+IMPLEMENTATIONS: dict[str, type[DenseCorrelation | OnDemandCorrelation]] = {
+    "dense": DenseCorrelation,
+    "on_demand": OnDemandCorrelation,
+}
 
 
 def pixel_grid(batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
