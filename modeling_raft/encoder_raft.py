@@ -21,7 +21,10 @@ class InstanceNorm(nn.InstanceNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.requires_grad else F.group_norm(x, self.num_features)
+        if x.requires_grad:
+            return super().forward(x)
+        # Channels last, its kernel loses two digits of float32; half precision does not have them.
+        return F.group_norm(x if x.element_size() == 2 else x.contiguous(), self.num_features)
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int, norm: str) -> nn.Sequential:
@@ -82,7 +85,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.stem(images), inplace=True)
         if x.device.type == "cpu" and x.element_size() == 2 and not x.requires_grad:
-            # Convolutions of bfloat16 are a quarter faster so. In float32, normalisation would lose two digits so.
+            # Convolutions of bfloat16 are a quarter faster so.
             x = x.contiguous(memory_format=torch.channels_last)
         # A block that is computed again would count each batch twice in BatchNorm's statistics.
         counting = any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.modules())

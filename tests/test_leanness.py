@@ -8,6 +8,7 @@ from torchvision.models.optical_flow import raft_large, raft_small
 
 from modeling_raft import RaftForOpticalFlow, sequence_loss
 from modeling_raft.convert_raft_checkpoint import convert_state_dict
+from modeling_raft.encoder_raft import InstanceNorm
 
 WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "lift_fresh")
 
@@ -34,6 +35,15 @@ def test_loss_and_gradients_are_torchvisions(make_peer, correlation):
     theirs = torch.cat([weight.flatten() for weight in converted.parameters()])
     ours = torch.cat([weight.grad.flatten() for weight in model.parameters()])
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_instance_norm_is_exact_in_either_memory_format():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 96, 128) + 3
+    expected = torch.nn.functional.instance_norm(x.double()).float()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        ours = InstanceNorm(16)(x.contiguous(memory_format=memory_format))
+        torch.testing.assert_close(ours, expected, atol=5e-6, rtol=0)
 
 
 def loss_and_gradients(model, **options):
