@@ -8,7 +8,7 @@ from torchvision.models.optical_flow import raft_large, raft_small
 
 from modeling_raft import RaftForOpticalFlow, sequence_loss
 from modeling_raft.convert_raft_checkpoint import convert_state_dict
-from modeling_raft.encoder_raft import InstanceNorm
+from modeling_raft.encoder_raft import EncoderConv, InstanceNorm
 
 WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "lift_fresh")
 
@@ -37,13 +37,42 @@ def test_loss_and_gradients_are_torchvisions(make_peer, correlation):
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-def test_instance_norm_is_exact_in_either_memory_format():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "training", "atol"),
+    [
+        (torch.float32, False, 5e-6),
+        (torch.float32, True, 3e-5),  # of values up to 5
+        (torch.float64, True, 1e-12),
+        (torch.bfloat16, False, 0.05),  # numbers above 4 are 0.03 apart
+        (torch.bfloat16, True, 0.05),
+    ],
+)
+def test_instance_norm_is_exact_in_either_memory_format(memory_format, dtype, training, atol):
     torch.manual_seed(0)
-    x = torch.randn(2, 16, 96, 128) + 3
-    expected = torch.nn.functional.instance_norm(x.double()).float()
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        ours = InstanceNorm(16)(x.contiguous(memory_format=memory_format))
-        torch.testing.assert_close(ours, expected, atol=5e-6, rtol=0)
+    x, weight = (torch.randn(2, 16, 96, 128).to(dtype) for _ in range(2))
+    x = (x + 3).contiguous(memory_format=memory_format).requires_grad_(training)
+    doubles = x.detach().double().requires_grad_(training)
+    expected = torch.nn.functional.instance_norm(doubles)
+    ours = InstanceNorm(16)(x.clone())  # not x itself: in place
+    torch.testing.assert_close(ours.double(), expected, atol=atol, rtol=0)
+    if training:
+        (ours * weight).sum().backward()
+        (expected * weight).sum().backward()
+        torch.testing.assert_close(x.grad.double(), doubles.grad, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (1, 2), (3, 2)])
+def test_encoder_convolution_is_torchs_in_either_memory_format(memory_format, kernel_size, stride):
+    conv = EncoderConv(8, 12, kernel_size, stride, padding=kernel_size // 2).double()
+    x = torch.randn(1, 8, 9, 14).double().contiguous(memory_format=memory_format).requires_grad_()
+    expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride, kernel_size // 2)
+    ours = conv(x)
+    torch.testing.assert_close(ours, expected)
+    weight = torch.randn_like(expected)
+    results = [torch.autograd.grad((y * weight).sum(), [x, conv.weight, conv.bias]) for y in (ours, expected)]
+    torch.testing.assert_close(*results)
 
 
 def loss_and_gradients(model, **options):
