@@ -45,7 +45,7 @@ class Contender:
             if correlation in self.options:
                 model.config.correlation = correlation
         if "checkpointing" in self.options:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         return model
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
