@@ -121,8 +121,10 @@ class _Read(torch.autograd.Function):
         return _read(volume, points, boxes, radius)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        # Nothing is returned that `once_differentiable` could make fail, and second derivatives would be wrong.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the correlation has no second derivatives: call backward without create_graph")
         (points,) = ctx.saved_tensors
         found = find_windows(points, ctx.boxes, ctx.radius, ctx.shape[1] - 1)
         spread_windows(grad, *found, ctx.gradient.get(grad, ctx.shape))

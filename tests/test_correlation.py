@@ -121,6 +121,16 @@ def test_backward_passes_do_not_mix(Correlation):
 
 
 @both
+def test_second_derivatives_are_refused_rather_than_wrong(Correlation):
+    torch.manual_seed(0)
+    fmap1, fmap2 = torch.randn(2, 1, 8, 12, 20).requires_grad_().unbind()
+    (windows,) = run_ours(Correlation, fmap1, fmap2, [grid_like(fmap1) + 0.5], 3)
+    with pytest.raises(RuntimeError, match=r"second derivatives|differentiate twice"):
+        (gradient,) = torch.autograd.grad(windows.square().sum(), fmap1, create_graph=True)
+        gradient.sum().backward()
+
+
+@both
 def test_one_side_can_be_without_a_gradient(Correlation):
     torch.manual_seed(0)
     fmap1, fmap2 = torch.randn(2, 1, 8, 12, 20)

@@ -42,7 +42,7 @@ def test_loss_and_gradients_are_torchvisions(make_peer, correlation):
     ("dtype", "training", "atol"),
     [
         (torch.float32, False, 5e-6),
-        (torch.float32, True, 3e-5),  # of values up to 5
+        (torch.float32, True, 5e-6),
         (torch.float64, True, 1e-12),
         (torch.bfloat16, False, 0.05),  # numbers above 4 are 0.03 apart
         (torch.bfloat16, True, 0.05),
@@ -54,7 +54,7 @@ def test_instance_norm_is_exact_in_either_memory_format(memory_format, dtype, tr
     x = (x + 3).contiguous(memory_format=memory_format).requires_grad_(training)
     doubles = x.detach().double().requires_grad_(training)
     expected = torch.nn.functional.instance_norm(doubles)
-    ours = InstanceNorm(16)(x.clone())  # not x itself: in place
+    ours = InstanceNorm(16)(x)
     torch.testing.assert_close(ours.double(), expected, atol=atol, rtol=0)
     if training:
         (ours * weight).sum().backward()
@@ -65,14 +65,17 @@ def test_instance_norm_is_exact_in_either_memory_format(memory_format, dtype, tr
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (1, 2), (3, 2)])
 def test_encoder_convolution_is_torchs_in_either_memory_format(memory_format, kernel_size, stride):
-    conv = EncoderConv(8, 12, kernel_size, stride, padding=kernel_size // 2).double()
-    x = torch.randn(1, 8, 9, 14).double().contiguous(memory_format=memory_format).requires_grad_()
-    expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride, kernel_size // 2)
+    torch.manual_seed(0)
+    conv = EncoderConv(8, 12, kernel_size, stride, padding=kernel_size // 2).bfloat16()
+    x = torch.randn(1, 8, 9, 14).bfloat16().contiguous(memory_format=memory_format).requires_grad_()
     ours = conv(x)
-    torch.testing.assert_close(ours, expected)
-    weight = torch.randn_like(expected)
-    results = [torch.autograd.grad((y * weight).sum(), [x, conv.weight, conv.bias]) for y in (ours, expected)]
-    torch.testing.assert_close(*results)
+    weight = torch.randn_like(ours)
+    results = [ours, *torch.autograd.grad((ours * weight).sum(), [x, conv.weight, conv.bias])]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (x, conv.weight, conv.bias)]
+    expected = torch.nn.functional.conv2d(*doubles, stride, kernel_size // 2)
+    expected = [expected, *torch.autograd.grad((expected * weight).sum(), doubles)]
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.double(), truth, atol=0.05, rtol=0.01)
 
 
 def loss_and_gradients(model, **options):
