@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.machine import describe_machine
 from benchmarks.made_up_data import write_pairs
-from benchmarks.options import write_json
+from benchmarks.options import positive, write_json
 from benchmarks.own_process import in_new_process, peak_bytes
 from benchmarks.plain_augmentation import apply_plainly
 from benchmarks.plain_loading import PlainPairs, read_plainly
@@ -80,13 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, help="folder of real data sets; what is not in it is made up")
     parser.add_argument("--datasets", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--repetitions", type=int, default=15, help="pairs of measurements of each stage")
-    parser.add_argument("--samples", type=int, default=16, help="samples of a measurement")
-    parser.add_argument("--memory_samples", type=int, default=200, help="samples over which memory is watched")
+    parser.add_argument("--repetitions", type=positive, default=15, help="pairs of measurements of each stage")
+    parser.add_argument("--samples", type=positive, default=16, help="samples of a measurement")
+    parser.add_argument("--memory_samples", type=positive, default=200, help="samples over which memory is watched")
     parser.add_argument("--worker", action="store_true", help="measure the loader with a worker process, too")
     parser.add_argument("--quick", action="store_true", help="a short, noisy run")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args(argv)
+    if arguments.data_root is not None and not arguments.data_root.is_dir():
+        parser.error(f"--data_root: there is no folder {arguments.data_root}")
     if arguments.quick:
         arguments.repetitions, arguments.samples, arguments.memory_samples = 3, 8, 60
     use_one_thread(0)

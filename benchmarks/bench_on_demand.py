@@ -17,7 +17,7 @@ from benchmarks.agreement import check_flows, estimate_flows
 from benchmarks.contenders import Contender, make_pairs
 from benchmarks.cost import Cost, Job, measure
 from benchmarks.memory_needed import estimate_bytes, fits
-from benchmarks.options import make_parser, open_device, positive, save_results
+from benchmarks.options import image_side, make_parser, open_device, save_results
 from benchmarks.rounds import compare_times, time_in_rounds
 
 ON_DEMAND = Contender("ours", options=("on_demand",))
@@ -27,7 +27,7 @@ CONTENDERS = [Contender("torchvision"), Contender("ours", options=("dense",)), O
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, runs=3, height=1088, width=1920, num_flow_updates=4)
     parser.add_argument(
-        "--largest", type=positive, nargs=2, default=[2176, 3840], metavar=("HEIGHT", "WIDTH"),
+        "--largest", type=image_side, nargs=2, default=[2176, 3840], metavar=("HEIGHT", "WIDTH"),
         help="of the pair that is estimated on demand only (default: 2176 3840)",
     )  # fmt: skip
     arguments = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from benchmarks.agreement import check_flows, estimate_flows
 from benchmarks.contenders import Contender, make_pairs
 from benchmarks.cost import Cost, Job, measure
 from benchmarks.memory_needed import estimate_bytes, fits
-from benchmarks.options import make_parser, open_device, positive, save_results
+from benchmarks.options import image_side, make_parser, open_device, positive, save_results
 from benchmarks.rounds import spread, time_in_rounds
 
 SIZES = ("256x256", "384x512", "440x1024", "720x1280", "1088x1920", "2176x3840")  # height x width
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def image_size(text: str) -> tuple[int, int]:
     """`HEIGHTxWIDTH` as numbers."""
-    height, width = (positive(number) for number in text.split("x"))
-    if height % 8 or width % 8:
-        raise argparse.ArgumentTypeError(f"sizes are multiples of 8; got {text}")
-    return height, width
+    height, times, width = text.partition("x")
+    if not times:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH; got {text!r}")
+    return image_side(height), image_side(width)
 
 
 def measure_pixels(arguments: argparse.Namespace) -> list[dict[str, Any]]:

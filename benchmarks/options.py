@@ -2,12 +2,16 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import describe_machine
+from modeling_raft.modeling_raft import GRID
+
+SMALLEST = 128  # of torchvision's models
 
 
 def make_parser(
@@ -18,25 +22,39 @@ def make_parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
-    def add_number(flag: str, default: int, meaning: str) -> None:
-        parser.add_argument(flag, type=positive, default=default, help=f"{meaning} (default: {default})")
+    def add_number(flag: str, kind: Callable[[str], int], default: int, meaning: str) -> None:
+        parser.add_argument(flag, type=kind, default=default, help=f"{meaning} (default: {default})")
 
-    add_number("--runs", runs, "rounds that count, after one that does not")
-    add_number("--height", height, "pixels, a multiple of 8")
-    add_number("--width", width, "pixels, a multiple of 8")
-    add_number("--num_flow_updates", num_flow_updates, "updates of the flow")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    add_number("--runs", positive, runs, "rounds that count, after one that does not")
+    add_number("--height", image_side, height, "pixels, a multiple of 8 and at least 128")
+    add_number("--width", image_side, width, "pixels, likewise")
+    add_number("--num_flow_updates", positive, num_flow_updates, "updates of the flow")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device_name, default=default_device, help=f"(default: {default_device})")
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     return parser
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
+    return int(text)
+
+
+def image_side(text: str) -> int:
+    """Height or width of an image that every contender takes."""
+    side = positive(text)
+    if side % GRID or side < SMALLEST:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {GRID}, at least {SMALLEST}; got {side}")
+    return side
+
+
+def device_name(text: str) -> str:
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError) as error:  # of devices that torch does not know, or that are not here
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return text
 
 
 def open_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 
-from benchmarks import bench_inference, bench_scaling, cost, report
+from benchmarks import bench_data, bench_inference, bench_on_demand, bench_scaling, cost, report
 from benchmarks.agreement import check_flows, check_losses, estimate_flows
 from benchmarks.contenders import Contender, make_pairs
 from benchmarks.cost import Job
@@ -168,6 +168,26 @@ def test_a_benchmark_from_its_flags_to_its_file(tmp_path, monkeypatch):
     assert rows["torchvision small fp32"]["times_as_fast"]["median"] == 1
     assert all(row["seconds"]["median"] > 0 for row in rows.values())
     report.inference_table(written)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "message"),
+    [
+        (bench_inference, "--height 132", "--height: must be a multiple of 8, at least 128; got 132"),
+        (bench_inference, "--width 64", "--width: must be a multiple of 8, at least 128; got 64"),
+        (bench_inference, "--runs many", "--runs: must be a whole number, at least 1; got 'many'"),
+        (bench_inference, "--device abacus", "--device: 'abacus' cannot be used"),
+        (bench_scaling, "--sizes 256", "--sizes: must be HEIGHTxWIDTH; got '256'"),
+        (bench_scaling, "--sizes 256x", "--sizes: must be a whole number, at least 1; got ''"),
+        (bench_on_demand, "--largest 8 8", "--largest: must be a multiple of 8, at least 128; got 8"),
+        (bench_data, "--samples 0", "--samples: must be a whole number, at least 1; got '0'"),
+        (bench_data, "--data_root nowhere", "--data_root: there is no folder nowhere"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_by_name(benchmark, flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(flags.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_left_out(monkeypatch):
