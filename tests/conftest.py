@@ -1,6 +1,8 @@
 """Where the real samples are, and the process settings that tests share."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,18 @@ def sample_data() -> Path:
 def sample_weights() -> Path:
     """Folder of original checkpoints, likewise."""
     return _present(SHARED / "weights")
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """For this test, the handlers of a program that a terminal starts: below nohup, say, some signals are ignored."""
+    defaults = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL) | {
+        signal.SIGINT: signal.default_int_handler
+    }
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _present(folder: Path) -> Path:

@@ -245,22 +245,17 @@ def test_a_signal_to_all_processes_comes_more_than_once_and_saves(tmp_path, proc
     assert find_checkpoint("latest", tmp_path / "run").name == f"checkpoint-{last}"
 
 
-def test_a_second_ctrl_c_stops_at_once_and_other_repeats_do_not(monkeypatch):
+def test_a_second_ctrl_c_stops_at_once_and_other_repeats_do_not(monkeypatch, default_signals):
     clock = [100.0]
     monkeypatch.setattr("flow_training.stopping.time.monotonic", lambda: clock[0])
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
-            assert stop.agreed() is None
-            for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-                signal.raise_signal(number)
-            assert stop.agreed() == signal.SIGINT
-            clock[0] += 10
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        assert stop.agreed() is None
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.agreed() == signal.SIGINT
+        clock[0] += 10
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_run_that_saved_nothing_goes_on_from_where_it_came(whole, tmp_path):

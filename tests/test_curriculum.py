@@ -303,7 +303,7 @@ def test_it_ends_only_when_the_training_has(tmp_path):
 
 
 @pytest.mark.parametrize("number", module.STOP_SIGNALS)
-def test_before_the_training_a_signal_ends_the_launcher(number):
+def test_before_the_training_a_signal_ends_the_launcher(default_signals, number):
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
     with PassedOnSignals() as signals:
         threading.Timer(0.5, os.kill, [os.getpid(), number]).start()
