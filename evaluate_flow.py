@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             report(args, accelerator)
         else:
             submit(args, accelerator)
+        accelerator.end_training()  # leaves the group of processes, whose threads may else abort this one as it ends
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate_flow.py: error: {error}")
     except KeyboardInterrupt:

@@ -122,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         if accelerator.is_main_process:
             print(f"{stopped}: step {progress.step} is saved. {how_to_go_on(argv, output_dir)}", file=sys.stderr)
         accelerator.wait_for_everyone()
+        accelerator.end_training()
         sys.exit(128 + stopped.signal)  # as shells name an end by a signal
     except (ArithmeticError, OSError, RuntimeError) as error:
         bar.close()
