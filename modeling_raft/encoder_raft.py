@@ -14,7 +14,7 @@ class EncoderConv(nn.Conv2d):
     """A convolution of the encoders: a name of its own, since it starts from other weights than the others."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1) and self.stride != (1, 1) and _is_fast_channels_last(x):
+        if self.kernel_size == (1, 1) and self.stride != (1, 1) and is_fast_channels_last(x):
             # oneDNN's backward pass of strided ones can write beyond its tensors there (torch 2.14).
             height_step, width_step = self.stride
             return F.conv2d(x[..., ::height_step, ::width_step], self.weight, self.bias)
@@ -32,13 +32,13 @@ class InstanceNorm(nn.InstanceNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad:
             return F.group_norm(x if x.element_size() == 2 else x.contiguous(), self.num_features, eps=self.eps)
-        if _is_fast_channels_last(x):
+        if is_fast_channels_last(x):
             return torch.cat([F.batch_norm(image, None, None, training=True, eps=self.eps) for image in x.split(1)])
         return super().forward(x)
 
 
-def _is_fast_channels_last(x: Tensor) -> bool:
-    """Whether it is as `Encoder` wants it of half precision on CPUs."""
+def is_fast_channels_last(x: Tensor) -> bool:
+    """Whether it is of half precision, on a CPU, and in the order in which convolutions are fastest there."""
     return (
         x.device.type == "cpu"
         and x.element_size() == 2
@@ -115,4 +115,7 @@ class Encoder(nn.Module):
                     x = self._gradient_checkpointing_func(block.__call__, x)
                 else:
                     x = block(x)
-        return self.dropout(self.projection(x).contiguous())  # the updates are faster so
+        features = self.projection(x)
+        if features.requires_grad or not is_fast_channels_last(features):
+            features = features.contiguous()  # updates that keep gradients are no faster channels last
+        return self.dropout(features)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_raft import RaftConfig
+from .encoder_raft import is_fast_channels_last
 
 FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
 
@@ -159,7 +160,10 @@ class UpdateBlock(GradientCheckpointingLayer):
         Returns:
             The new `hidden`, and the change of the flow `(B, 2, h, w)`, grid pixels.
         """
-        motion = self.motion_encoder(cast_saturating(corr, hidden.dtype), cast_saturating(flow, hidden.dtype))
+        corr, flow = (cast_saturating(x, hidden.dtype) for x in (corr, flow))
+        if is_fast_channels_last(hidden):  # else the motion, of which flow is a part, would go back to the other order
+            flow = flow.contiguous(memory_format=torch.channels_last)
+        motion = self.motion_encoder(corr, flow)
         for i, gru in enumerate(self.grus):
             hidden = gru(hidden, motion, *shared[5 * i : 5 * i + 5])
         return hidden, self.flow_head(hidden)

@@ -6,7 +6,7 @@ from test_modeling_raft import SMALL_IMAGE, images, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.optical_flow import raft_large, raft_small
 
-from modeling_raft import RaftForOpticalFlow, sequence_loss
+from modeling_raft import RaftConfig, RaftForOpticalFlow, sequence_loss
 from modeling_raft.convert_raft_checkpoint import convert_state_dict
 from modeling_raft.encoder_raft import EncoderConv, InstanceNorm
 
@@ -76,6 +76,30 @@ def test_encoder_convolution_is_torchs_in_either_memory_format(memory_format, ke
     expected = [expected, *torch.autograd.grad((expected * weight).sum(), doubles)]
     for result, truth in zip(results, expected, strict=True):
         torch.testing.assert_close(result.double(), truth, atol=0.05, rtol=0.01)
+
+
+class ConvolutionInputs(TorchDispatchMode):
+    """Which convolutions got their input channels last."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "convolution" in func.name():
+            self.channels_last.append(args[0].stride(1) == 1)
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.channels_last: list[bool] = []
+        return super().__enter__()
+
+
+@pytest.mark.parametrize("correlation", ["dense", "on_demand"])
+@pytest.mark.parametrize("make_config", [RaftConfig, RaftConfig.small])
+def test_half_precision_stays_channels_last_on_cpus(make_config, correlation):
+    """One tensor in the other order, and torch reorders what meets it, in every update."""
+    model = RaftForOpticalFlow(make_config(correlation=correlation)).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), ConvolutionInputs() as seen:
+        model(images(1, 2, 3, 128, 136), num_flow_updates=2)
+    assert len(seen.channels_last) > 40
+    assert seen.channels_last.count(False) == 2  # images come as they are, to two encoders
 
 
 def loss_and_gradients(model, **options):
