@@ -5,6 +5,7 @@ as `python -m flow_data.publish` writes them. Both ways give rows by number, so 
 order, shuffled over the whole data set, whether it streams or not, on any number of processes and workers.
 """
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ STORED_FEATURES = Features(
     {"image1": Image(decode=False), "image2": Image(decode=False), "flow": OpticalFlow(), "valid": ValidMask()}
 )
 MAX_ROW_GROUP_BYTES = 2**26  # a shuffled row costs its whole row group
+MAX_GAP_BYTES = 2**13  # between columns of a row: rather read than asked for in two requests
 FOOTER_READERS = 16  # threads; the footers of some hundred shards are small, and far away
 
 
@@ -189,9 +191,19 @@ class ParquetRows:
         return names
 
     def _read_group(self, file: str, footer: pq.FileMetaData, group: int) -> pa.Table:
+        # Arrow would read in threads of its own, which may abort a process that ends soon after (Arrow 26).
+        ranges = _byte_ranges(footer.row_group(group), self.columns)
+        begin, end = ranges[0][0], ranges[-1][1]
+        data = bytearray(end - begin)
         with self._open(file) as handle:
-            reader = pq.ParquetFile(handle, metadata=footer, pre_buffer=True)
-            return reader.read_row_group(group, columns=self.columns, use_threads=False)
+            for first, last in ranges:
+                handle.seek(first)
+                part = handle.read(last - first)
+                if len(part) < last - first:
+                    raise EOFError(f"the file ends before byte {last}")
+                data[first - begin : last - begin] = part
+        reader = pq.ParquetFile(_FilePart(data, begin), metadata=footer, pre_buffer=False)
+        return reader.read_row_group(group, columns=self.columns, use_threads=False)
 
     def _read_footer(self, file: str) -> pq.FileMetaData:
         with self._open(file) as handle:
@@ -202,6 +214,35 @@ class ParquetRows:
             return open(file, "rb")
         # No read-ahead: a row is one request for exactly its bytes.
         return HfFileSystem(token=self.token).open(file, "rb", cache_type="none")
+
+
+def _byte_ranges(group: pq.RowGroupMetaData, columns: list[str]) -> list[tuple[int, int]]:
+    """Where columns of a row group lie in their file: `(first, end)`, in order, neighbours as one."""
+    chunks = []
+    for column in map(group.column, range(group.num_columns)):
+        if column.path_in_schema.partition(".")[0] in columns:
+            first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+            chunks.append((first, first + column.total_compressed_size))
+    ranges: list[tuple[int, int]] = []
+    for first, end in sorted(chunks):
+        if ranges and first - ranges[-1][1] <= MAX_GAP_BYTES:
+            first = ranges.pop()[0]
+        ranges.append((first, end))
+    return ranges
+
+
+class _FilePart(io.BytesIO):
+    """A part of a file, whose places are those in the file."""
+
+    def __init__(self, data: bytearray, begin: int):
+        super().__init__(data)
+        self._begin = begin
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return super().seek(offset - self._begin if whence == io.SEEK_SET else offset, whence) + self._begin
+
+    def tell(self) -> int:
+        return super().tell() + self._begin
 
 
 def flow_is_sparse(rows: Dataset | ParquetRows) -> bool:

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from hub_server import Hub
 from tiny_run import CPU, PROJECT, TINY_MODEL, free_port
 
+from flow_data import hub_dataset as module
 from flow_data.features import to_sample
 from flow_data.flow_io import write_flow
 from flow_data.hub_dataset import ParquetRows, flow_is_sparse, load_hub_dataset
@@ -308,6 +310,47 @@ def test_data_sets_without_ids_or_masks_will_do(folder, tmp_path):
         rows = load_hub_dataset(str(tmp_path), streaming=streaming)
         assert [rows[number]["id"] for number in (0, 4)] == ["00000000", "00000004"]
         assert to_sample(rows[4]).flow.shape == (*SIZE, 2)
+
+
+def test_nothing_is_read_but_the_columns_and_by_no_other_thread(folder, tmp_path, monkeypatch):
+    """Columns of others, here large ones, are left out; Arrow's threads may abort a process that ends after them."""
+    table = pq.read_table(folder / "data")
+    for place in (0, 2, table.num_columns + 2):
+        other = [np.random.default_rng(place).bytes(50_000) for _ in range(NUM_PAIRS)]
+        table = table.add_column(place, f"other{place}", pa.array(other))
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=2)
+    rows = load_hub_dataset(str(tmp_path), streaming=True)
+    taken, readers = [], set()
+
+    class PartSpy(module._FilePart):
+        def read(self, *size):
+            readers.add(threading.get_ident())
+            return super().read(*size)
+
+    class FileSpy(io.FileIO):
+        def read(self, *size):
+            taken.append(super().read(*size))
+            return taken[-1]
+
+    monkeypatch.setattr(module, "_FilePart", PartSpy)
+    monkeypatch.setattr(rows, "_open", FileSpy)
+    assert_same_rows(rows, load_hub_dataset(str(folder)))
+    assert readers == {threading.get_ident()}
+    group = pq.read_metadata(tmp_path / "train.parquet").row_group(0)
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    needed = sum(chunk.total_compressed_size for chunk in chunks if "other" not in chunk.path_in_schema)
+    assert sum(map(len, taken[:2])) == needed  # two parts, around the middle one
+    assert needed < sum(chunk.total_compressed_size for chunk in chunks) - 140_000
+
+
+def test_a_file_cut_short_meanwhile_is_told(folder, tmp_path):
+    pq.write_table(pq.read_table(folder / "data"), tmp_path / "train.parquet", row_group_size=1)
+    rows = load_hub_dataset(str(tmp_path), streaming=True)
+    whole = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(whole[: len(whole) // 2])
+    assert rows[0]["id"] == "00"
+    with pytest.raises(OSError, match="cannot read row 6 of .*the file ends before byte"):
+        rows[6]
 
 
 def test_large_row_groups_are_not_streamed(folder, tmp_path, monkeypatch):
