@@ -116,6 +116,6 @@ class Encoder(nn.Module):
                 else:
                     x = block(x)
         features = self.projection(x)
-        if features.requires_grad or not is_fast_channels_last(features):
+        if torch.is_grad_enabled() or not is_fast_channels_last(features):
             features = features.contiguous()  # updates that keep gradients are no faster channels last
         return self.dropout(features)
