@@ -67,6 +67,7 @@ def assert_same_run(ours: Path, theirs: Path, rel: float = 1e-5) -> None:
 
 LEAVING = """
 import signal, sys, torch.distributed, {program}
+from accelerate import PartialState
 
 code = 0
 {before}
@@ -75,6 +76,7 @@ try:
 except SystemExit as end:
     code = end.code
 assert code == {code}, code
+assert PartialState().num_processes == 2
 print("left" if not torch.distributed.is_initialized() else "still there")
 """
 STOP = "train_flow.outlive_no_launcher = lambda: signal.raise_signal(signal.SIGTERM)  # the call before the first step"
