@@ -83,9 +83,7 @@ STOP = "train_flow.outlive_no_launcher = lambda: signal.raise_signal(signal.SIGT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("program", "before", "code"), [("evaluate_flow", "", 0), ("train_flow", "", 0), ("train_flow", STOP, 143)]
-)
+@pytest.mark.parametrize(("program", "before", "code"), [("evaluate_flow", "", 0), ("train_flow", STOP, 143)])
 def test_processes_leave_their_group_before_they_end(program, before, code, tmp_path):
     """Else torch's threads for gloo may abort them: one in fifty, where more processes run than there are cores."""
     (tmp_path / "leaving.py").write_text(LEAVING.format(program=program, before=before, code=code))
