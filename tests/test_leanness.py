@@ -102,6 +102,17 @@ def test_half_precision_stays_channels_last_on_cpus(make_config, correlation):
     assert seen.channels_last.count(False) == 2  # images come as they are, to two encoders
 
 
+@pytest.mark.parametrize("keep_gradients", [True, False])
+def test_updates_that_keep_gradients_get_the_usual_order(keep_gradients):
+    """Also of frozen encoders, whose own results need none."""
+    model = RaftForOpticalFlow(tiny_config()).eval().requires_grad_(False)
+    image = images(1, 2, 3, 64, 72)[:, 0]
+    with torch.set_grad_enabled(keep_gradients), torch.autocast("cpu", torch.bfloat16):
+        encoded = [model.encode_features(image), *model.encode_context(image)]
+    for tensor in encoded:
+        assert tensor.dtype == torch.bfloat16 and (tensor.stride(1) == 1) != keep_gradients
+
+
 def loss_and_gradients(model, **options):
     inputs = {"pixel_values": images(*SMALL_IMAGE).double(), "labels": torch.ones(1, 2, 64, 72).double()}
     model.zero_grad()
