@@ -10,12 +10,15 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import patch_environment
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -25,6 +28,7 @@ from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_data.whole_files import whole_file
+from flow_inference.devices import choose_device
 from flow_inference.pictures import compare
 from flow_inference.prediction import chunk_rows, find_sequences, predict_rows, share_out
 from flow_inference.submission import (
@@ -46,7 +50,8 @@ PICTURE_PAIRS = 4
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        with use_device(args.device):
+            accelerator = Accelerator(mixed_precision=args.mixed_precision)
         check_precision(accelerator)
         if not accelerator.is_main_process:
             logging.getLogger("flow_data").setLevel(logging.ERROR)  # what is missing from the data is said once
@@ -60,6 +65,19 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         kept = "" if args.submission is None else f"; the files that were written are in {args.submission}"
         sys.exit(f"evaluate_flow.py: stopped{kept}")
+
+
+def use_device(name: str | None) -> AbstractContextManager:
+    """Within it, an `Accelerator` is made for this device; None: as accelerate chooses.
+
+    Raises:
+        ValueError: There is no such device, or several processes would share it.
+    """
+    if name is None:
+        return nullcontext()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {name} is for one process; accelerate launch gives each of several its own device")
+    return patch_environment(ACCELERATE_TORCH_DEVICE=choose_device(name))
 
 
 def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -149,6 +167,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mixed_precision", choices=["no", "bf16", "fp16"], help="default: accelerate launch's, else no"
     )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu; default: the GPU if there is one")
     parser.add_argument("--output", type=Path, help="report to write, JSON")
     parser.add_argument("--picture", type=Path, help=f"picture to write of the first {PICTURE_PAIRS} pairs: frame 1, "
                         "true flow, predicted flow, error")  # fmt: skip

@@ -1,15 +1,20 @@
-"""Flow of two images, of a folder of frames, or of a video.
+"""Flow of two images, of a sequence of frames, or of a video.
 
     python predict_flow.py --model DIR_OR_REPO frame1.png frame2.png --output flow.flo
     python predict_flow.py --model DIR_OR_REPO frames/ --output flow/ --format kitti --backward --occlusion
+    python predict_flow.py --model DIR_OR_REPO frames/*.png --output flow/
     python predict_flow.py --model DIR_OR_REPO --video in.mp4 --output flow.mp4
 
 Flow says for every pixel of frame 1 how far it moves until frame 2: x to the right, then y down, in pixels of the
 frames. Backward flow says it for every pixel of frame 2, until frame 1. An occlusion mask is white where frame 2 does
 not show the pixel of frame 1. Colour pictures: the hue is the direction, the saturation the length.
+
+Frames may be of any image format and depth. Images with an EXIF orientation are turned upright. Those of 16 bits are
+mapped to 8 bits by one linear range of intensities for all: that of the first two, or --intensity_range.
 """
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -23,14 +28,16 @@ import torch
 from tqdm.auto import tqdm
 
 from flow_data.flow_io import FLOW_SUFFIXES
-from flow_inference.frame_sources import list_frames
+from flow_data.pairing import natural_order
+from flow_inference.devices import choose_device
+from flow_inference.frame_sources import list_frames, refuse_url
 from flow_inference.held_frames import TOLERANCE
 from flow_inference.outputs import SUFFIXES, FlowFiles, FlowFilms, result_paths
-from flow_inference.video import COLD_UPDATES, WARM_UPDATES, FlowVideo, VideoFlow
-from flow_inference.video_files import WRITTEN_FORMATS, VideoReader, is_video
+from flow_inference.video import WARM_UPDATES, FlowVideo, VideoFlow
+from flow_inference.video_files import VIDEO_SUFFIXES, WRITTEN_FORMATS, VideoReader, is_video
 from modeling_raft.convert_raft_checkpoint import load_raft
 
-PAIR_UPDATES = 20  # of two images, which have no neighbours to learn from
+SMALL_SIDE = 128  # pixels: published weights have not been trained on less
 FOLDER_RATE = 24  # frames a second of a film made of a folder
 
 
@@ -42,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         source = find_frames(args)
         output = open_output(args, source)
-        model = load_raft(args.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(args.device)
+        model = load_raft(args.model).eval().to(device)
         video = FlowVideo(
             model,
             source.frames,
@@ -51,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
             warm_start=not (source.is_pair or args.no_warm_start),
             backward=args.backward or args.occlusion,
             max_side=args.max_side,
-            held_tolerance=0 if source.is_pair else TOLERANCE,  # who asks for the flow of two images wants it
+            min_side=args.min_side,
+            held_tolerance=None if source.is_pair else TOLERANCE,  # who asks for the flow of two images wants it
             mixed_precision=args.mixed_precision,
+            intensity_range=args.intensity_range,
         )
         with output, tqdm(total=source.num_pairs, unit="pair", disable=source.is_pair) as bar:
             for pair in video:
@@ -66,28 +76,39 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(f"predict_flow.py: stopped{seen.kept_in(args.output)}")
     print(f"{args.output}: {seen}")
+    if video.mapped_range is not None:
+        low, high = video.mapped_range
+        print(f"intensities {low:g} to {high:g} of the frames were mapped to 0 to 255 (--intensity_range LO HI)")
+    if 0 < seen.shortest_side < SMALL_SIDE and args.min_side is None:
+        print(f"frames below {SMALL_SIDE} px have mostly better flow with --min_side 256")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     flow_files, films = ", ".join(FLOW_SUFFIXES), ", ".join(WRITTEN_FORMATS)
-    add("frames", type=Path, nargs="*", metavar="FRAMES", help="two images of one size, or a folder of them")
-    add("--video", type=Path, metavar="IN", help="a video file, in the place of FRAMES")
+    add("frames", nargs="*", metavar="FRAMES", help="two images of one size; or a sequence: a folder of images, or "
+        "more than two images, which are taken in natural order of their names")  # fmt: skip
+    add("--video", metavar="IN", help="a video file, in the place of FRAMES")
     add("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
-    add("--output", type=Path, required=True, help=f"of two images: a file ({flow_files}; .png is a colour picture); "
-        f"of a folder or a video: a folder for a file of each pair, or a video of colours ({films})")  # fmt: skip
+    add("--output", required=True, help=f"of two images: a file ({flow_files}; .png is a colour picture); "
+        f"of a sequence or a video: a folder for a file of each pair, or a video of colours ({films})")  # fmt: skip
     add("--format", choices=list(SUFFIXES), help="of the files in a folder (default: flo); of a .png: colour (the "
         "default) or kitti, 16-bit flow")  # fmt: skip
     add("--backward", action="store_true", help="write flow from frame 2 to frame 1, too, as *_backward")
     add("--occlusion", action="store_true", help="write masks, too, as *_occlusion; white is occluded")
-    add("--num_flow_updates", type=int, help="more are slower and mostly better; default: "
-        f"{PAIR_UPDATES} for two images, {COLD_UPDATES} in a video")  # fmt: skip
+    add("--num_flow_updates", type=int, help="more are slower and mostly better; default: as the model's "
+        "configuration says, which is 12 mostly")  # fmt: skip
     add("--warm_num_flow_updates", type=int, help="of the pairs of a video that start from the flow of the pair "
-        f"before; default: {WARM_UPDATES}")  # fmt: skip
+        f"before; default: {WARM_UPDATES}, or --num_flow_updates if less")  # fmt: skip
     add("--no_warm_start", action="store_true", help="estimate each pair of a video on its own")
     add("--max_side", type=int, metavar="PX", help="estimate on frames reduced to this longer side; the flow is that "
         "of the frames as they are")  # fmt: skip
+    add("--min_side", type=int, metavar="PX", help="estimate on frames enlarged to this shorter side, which helps "
+        f"with frames below {SMALL_SIDE} px")  # fmt: skip
+    add("--intensity_range", type=float, nargs=2, metavar=("LO", "HI"), help="intensities that become black and "
+        "white; default: 0 to 255 of 8-bit frames, the lowest and highest of the first two of 16 bits")  # fmt: skip
+    add("--device", help="cpu, cuda, cuda:1, mps, xpu; default: the GPU if there is one")
     add("--mixed_precision", choices=["no", "bf16", "fp16"], help="default: bf16 in a video with warm start where the "
         "hardware is quick at it, else no")  # fmt: skip
     add("--frame_rate", type=float, help=f"of a video of colours; default: the video's own, {FOLDER_RATE} of a folder")
@@ -96,18 +117,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.video is not None and args.frames:
         parser.error("give either FRAMES or --video, not both")
-    if args.video is None and len(args.frames) not in (1, 2):
-        parser.error(f"expected two images, a folder, or --video; got {len(args.frames)} paths")
+    if args.video is None and not args.frames:
+        parser.error("give two images, a folder of frames, more than two images, or --video")
+    for path in filter(None, [*args.frames, args.video, args.output]):
+        try:
+            refuse_url(path)
+        except ValueError as error:
+            parser.error(str(error))
+    args.names_folder = args.output.endswith(("/", os.sep))  # which pathlib forgets
+    args.output, args.frames = Path(args.output), list(map(Path, args.frames))
+    args.video = None if args.video is None else Path(args.video)
     for name, reason in useless_flags(args).items():
         if getattr(args, name):
             parser.error(f"--{name} has no use here: {reason}")
-    if args.num_flow_updates is None:
-        args.num_flow_updates = PAIR_UPDATES if len(args.frames) == 2 else COLD_UPDATES
-    if args.warm_num_flow_updates is None:
-        args.warm_num_flow_updates = WARM_UPDATES
     for name in ("num_flow_updates", "warm_num_flow_updates"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1; got {value}")
     for name in ("frame_rate", "colour_scale"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -118,7 +144,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def useless_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flags that would change nothing -> why."""
     is_pair, suffix = len(args.frames) == 2, args.output.suffix.lower()
-    is_film = suffix in WRITTEN_FORMATS and not is_pair
+    is_film = suffix in WRITTEN_FORMATS and not (is_pair or args.names_folder or args.output.is_dir())
     is_coloured = is_film or (args.format or "colour" if is_pair and suffix == ".png" else args.format) == "colour"
     useless = {}
     if is_pair:
@@ -160,9 +186,17 @@ def find_frames(args: argparse.Namespace) -> Source:
     if len(args.frames) == 2:
         return Source(args.frames, None, 1, FOLDER_RATE, is_pair=True)
     folder = args.video or args.frames[0]
-    if folder.is_file() and is_video(folder):
+    if len(args.frames) > 1:
+        paths = sorted(args.frames, key=lambda path: natural_order(str(path)))
+        for path in paths:
+            if path.is_dir() or is_video(path):
+                raise ValueError(f"{path} is no image; give images only, one folder, or one video with --video")
+    elif folder.is_file() and is_video(folder):
         raise ValueError(f"{folder} is a video: give it with --video")
-    paths = list_frames(folder)
+    elif folder.is_file():
+        raise ValueError(f"{folder} is one image; flow takes two frames")
+    else:
+        paths = list_frames(folder)
     return Source(paths, [path.stem for path in paths], len(paths) - 1, args.frame_rate or FOLDER_RATE)
 
 
@@ -182,12 +216,13 @@ def open_output(args: argparse.Namespace, source: Source) -> FlowFiles | FlowFil
         files = FlowFiles(lambda index: args.output, format, *further)
         check_targets(args, source, files.paths(0))
         return files
-    if suffix in WRITTEN_FORMATS:
+    if suffix in WRITTEN_FORMATS and not (args.names_folder or args.output.is_dir()):
         if args.format not in (None, "colour"):
             raise ValueError(f"--format {args.format} needs a folder for --output; a video is of colours")
         check_targets(args, source, result_paths(args.output, args.backward, args.occlusion, suffix))
         return FlowFilms(args.output, source.frame_rate, *further)
-    if suffix and not args.output.is_dir():
+    # A folder may have a dot in its name; one that looks like the file of a single pair is a mistake.
+    if suffix in (*FLOW_SUFFIXES, *VIDEO_SUFFIXES) and not (args.names_folder or args.output.is_dir()):
         raise ValueError(
             f"--output must be a folder, or a video ending in one of {', '.join(WRITTEN_FORMATS)}; got {args.output}"
         )
@@ -230,8 +265,10 @@ class Summary:
     cuts: list[int] = field(default_factory=list)
     length: float = 0.0  # sum of the pairs' means, pixels
     longest: float = 0.0  # pixels
+    shortest_side: int = 0  # of the frames, pixels
 
     def add(self, pair: VideoFlow) -> None:
+        self.shortest_side = min(pair.flow.shape[-2:])
         lengths = torch.linalg.vector_norm(pair.flow, dim=0)
         self.pairs += 1
         self.held += pair.held

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flow_inference.precision import computes_bf16_quickly
+from flow_inference.devices import computes_bf16_quickly
 from modeling_raft.memory_raft import host_memory
 
 PACKAGES = ("torch", "torchvision", "transformers")

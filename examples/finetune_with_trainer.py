@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.utils import patch_environment
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -22,6 +23,7 @@ from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.images import undecoded
 from flow_data.sampling import MixSource, RunSampler, TrainingPairs
 from flow_data.sources import SOURCES, check_source, is_sparse, load_source
+from flow_inference.devices import choose_device
 from flow_training.optimization import make_optimizer, make_schedule
 from modeling_raft import RaftImageProcessor
 from modeling_raft.convert_raft_checkpoint import load_raft
@@ -75,6 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--per_device_train_batch_size", type=int, help="default: total_batch_size / processes")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu; default: all GPUs if there are any")
     parser.add_argument("--report_to", nargs="+", default=["tensorboard"], help="trackers of transformers, or none")
     parser.add_argument("--resume_from_checkpoint", help="folder of a checkpoint")
     return parser.parse_args(argv)
@@ -82,16 +85,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    training_args = TrainingArguments(
-        args.output_dir,
-        max_steps=args.max_train_steps,
-        train_sampling_strategy="sequential",
-        max_grad_norm=1.0,
-        logging_steps=args.logging_steps,
-        dataloader_num_workers=args.dataloader_num_workers,
-        report_to=args.report_to,
-        seed=args.seed,
-    )
+    try:
+        device = {} if args.device is None else {"ACCELERATE_TORCH_DEVICE": choose_device(args.device)}
+    except ValueError as error:
+        sys.exit(f"finetune_with_trainer.py: error: {error}")
+    with patch_environment(**device):
+        training_args = TrainingArguments(
+            args.output_dir,
+            max_steps=args.max_train_steps,
+            train_sampling_strategy="sequential",
+            max_grad_norm=1.0,
+            logging_steps=args.logging_steps,
+            dataloader_num_workers=args.dataloader_num_workers,
+            report_to=args.report_to,
+            seed=args.seed,
+        )
     per_device = args.per_device_train_batch_size or max(args.total_batch_size // training_args.world_size, 1)
     passes, rest = divmod(args.total_batch_size, per_device * training_args.world_size)
     if rest:

@@ -32,13 +32,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flow_inference.consistency import is_occluded, warp
+from flow_inference.devices import autocast, choose_device
 from flow_inference.estimator import EncodedFrame, FlowEstimator
-from flow_inference.frame_fit import MIN_SIDE, FrameFit
+from flow_inference.frame_fit import FrameFit
 from flow_inference.frame_sources import open_frames, read_frames
 from flow_inference.map_files import list_maps, open_output, read_maps
-from flow_inference.precision import autocast
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
+from modeling_raft.frames_raft import FrameConverter
 
 PHOTOMETRIC_SIGMA = 0.2  # VToonify's, for frames in [-1, 1]
 
@@ -143,7 +144,7 @@ class TemporalSmoother:
     Args:
         model: In eval mode, on any device. Run under `torch.autocast` for fp16 or bf16.
         window: Frames on either side that a map is averaged with; at least 1.
-        num_flow_updates: Of each flow.
+        num_flow_updates: Of each flow; None: as the model's configuration says.
         max_side: Estimate flow on frames reduced to this longer side, pixels.
 
     Attributes:
@@ -151,11 +152,16 @@ class TemporalSmoother:
     """
 
     def __init__(
-        self, model: RaftForOpticalFlow, window: int = 5, num_flow_updates: int = 20, max_side: int | None = None
+        self,
+        model: RaftForOpticalFlow,
+        window: int = 5,
+        num_flow_updates: int | None = None,
+        max_side: int | None = None,
     ):
-        FrameFit(MIN_SIDE, MIN_SIDE, max_side)  # says now what is wrong with it
+        FrameFit(1, 1, max_side)  # says now what is wrong with it
         self.model = model
-        self.window, self.num_flow_updates, self.max_side = window, num_flow_updates, max_side
+        self.window, self.max_side = window, max_side
+        self.num_flow_updates = model.config.num_flow_updates if num_flow_updates is None else num_flow_updates
         self.before, self.after = Flicker(), Flicker()
         self._finished: Tensor | None = None  # the latest
 
@@ -262,8 +268,24 @@ def pair_up(frames: Iterable[np.ndarray], maps: Iterable[np.ndarray], num_maps: 
     for number, frame in enumerate(frames, start=1):
         if number > num_maps:
             raise ValueError(f"each frame needs a map; there are at least {number} frames and {num_maps} maps")
-        yield frame, next(remaining)
+        values = next(remaining)
+        check_orientation(frame.shape, values.shape)
+        yield frame, values
     check_counts(number, num_maps)
+
+
+def check_orientation(frame_shape: tuple[int, ...], map_shape: tuple[int, ...]) -> None:
+    """Refuse maps that lie on their side, as those of phone pictures do which another program has not turned.
+
+    Raises:
+        ValueError: Frames are higher than wide and maps wider than high, or the other way round.
+    """
+    (height, width), (map_height, map_width) = frame_shape[:2], map_shape[:2]
+    if (height - width) * (map_height - map_width) < 0 and abs(height * map_height / (width * map_width) - 1) < 0.05:
+        raise ValueError(
+            f"maps of {map_height} x {map_width} (height x width) lie on their side beside frames of {height} x "
+            f"{width}, which were turned upright as their EXIF orientation says; turn the maps, too"
+        )
 
 
 def check_counts(num_frames: int, num_maps: int) -> None:
@@ -289,9 +311,9 @@ def run(args: argparse.Namespace) -> TemporalSmoother:
     maps, frames = list_maps(args.maps), open_frames(args.frames)
     if isinstance(frames, list):  # a video tells at its end
         check_counts(len(frames), len(maps))
-    model = load_raft(args.model).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_raft(args.model).eval().to(choose_device(args.device))
     smoother = TemporalSmoother(model, args.window, args.num_flow_updates, args.max_side)
-    samples = pair_up(read_frames(frames), read_maps(maps), len(maps))
+    samples = pair_up(read_frames(frames, FrameConverter(args.intensity_range)), read_maps(maps), len(maps))
     with autocast(model.device, args.mixed_precision), open_output(args.output, maps) as write:
         for smoothed in tqdm(smoother.smooth(samples), total=len(maps), desc="smoothing"):
             write(smoothed)
@@ -305,13 +327,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--maps", type=Path, required=True, help="one for each frame: folder, or .npy file")
     parser.add_argument("--output", type=Path, required=True, help="what --maps is: folder, or .npy file")
     parser.add_argument("--window", type=int, default=5, help="frames on either side; time grows with it")
-    parser.add_argument("--num_flow_updates", type=int, default=20, help="more are slower and mostly better")
+    parser.add_argument("--num_flow_updates", type=int, help="more are slower and mostly better; default: as the "
+                        "model's configuration says, which is 12 mostly")  # fmt: skip
     parser.add_argument("--max_side", type=int, metavar="PX", help="estimate flow on frames reduced to this")
+    parser.add_argument("--intensity_range", type=float, nargs=2, metavar=("LO", "HI"), help="intensities that become "
+                        "black and white; default: those of the frames' depth, or of the first two")  # fmt: skip
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu; default: the GPU if there is one")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
     args = parser.parse_args(argv)
     for name in ("window", "num_flow_updates"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1; got {value}")
     return args
 
 

@@ -28,9 +28,12 @@ def warp(maps: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     target = pixel_grid(batch, height, width, flow.dtype, flow.device) + flow
     size = target.new_tensor([width, height]).reshape(1, 2, 1, 1)
     inside = ((target >= -0.5) & (target <= size - 0.5)).all(1)
-    # -1 and 1 are the outer edges of the frame. What is not a number lands outside, and must not reach the sampling.
-    grid = ((2 * target + 1) / size - 1).nan_to_num(2.0).to(maps.dtype)
-    warped = F.grid_sample(maps, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
+    # MPS has no padding_mode="border", so the edge is repeated first, and nothing beyond that is sampled. NaN is not
+    # inside, and must not reach the sampling.
+    maps = F.pad(maps, (1, 1, 1, 1), mode="replicate")
+    target = target.nan_to_num(0.0).clamp(min=target.new_zeros(()), max=size - 1) + 1
+    grid = ((2 * target + 1) / (size + 2) - 1).to(maps.dtype)  # -1 and 1 are the outer edges of the padded frame
+    warped = F.grid_sample(maps, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False)
     return warped, inside
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flow_inference.frame_fit import MIN_SIDE, FrameFit
-from flow_inference.precision import autocast
-from modeling_raft import RaftForOpticalFlow
+from flow_inference.devices import autocast
+from flow_inference.frame_fit import FrameFit
+from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 from modeling_raft.modeling_raft import GRID
 
 
@@ -39,8 +39,8 @@ class FlowEstimator:
     Args:
         model: In eval mode, on any device.
         height, width: Of the frames.
-        max_side: As in `FrameFit`.
-        mixed_precision: As in `flow_inference.precision.autocast`.
+        max_side, min_side: As in `FrameFit`.
+        mixed_precision: As in `flow_inference.devices.autocast`.
 
     Raises:
         ValueError: The model is in training mode, where BatchNorm and dropout would spoil its flow; or a setting does
@@ -54,12 +54,14 @@ class FlowEstimator:
         width: int,
         max_side: int | None = None,
         mixed_precision: str | None = None,
+        min_side: int | None = None,
     ):
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() first")
         autocast(model.device, mixed_precision)  # says now what is wrong with it
         self.model, self.mixed_precision = model, mixed_precision
-        self.fit = FrameFit(height, width, max_side, max(MIN_SIDE, model.config.min_image_size))
+        smallest = max(RaftImageProcessor.min_size, model.config.min_image_size)
+        self.fit = FrameFit(height, width, max_side, min_side, smallest)
 
     @torch.no_grad()
     def encode(self, frame: np.ndarray) -> EncodedFrame:

@@ -1,6 +1,7 @@
 """Frames from wherever they are: a video file, a folder, a list, a generator."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,29 +9,31 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from flow_data.images import read_rgb, to_rgb
 from flow_data.pairing import natural_order
 from flow_inference.video_files import VideoReader
+from modeling_raft.frames_raft import FrameConverter, describe, read_frame
+
+URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # pathlib makes one slash of two
 
 
 def list_frames(folder: str | os.PathLike[str]) -> list[Path]:
-    """The pictures of a folder in natural order of their names: frame_2 before frame_10.
+    """The images of a folder in natural order of their names: frame_2 before frame_10.
 
     Raises:
-        FileNotFoundError: There is no such folder, or no picture in it.
+        FileNotFoundError: There is no such folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     PIL.Image.init()  # loads the plugins, which fill EXTENSION and OPEN
-    pictures = [
+    images = [
         path
         for path in folder.iterdir()
         if PIL.Image.EXTENSION.get(path.suffix.lower()) in PIL.Image.OPEN and not path.name.startswith(".")
     ]
-    if not pictures:
-        raise FileNotFoundError(f"{folder}: no pictures in this folder")
-    return sorted(pictures, key=lambda path: natural_order(path.name))
+    if not images:
+        raise FileNotFoundError(f"{folder}: no images in this folder")
+    return sorted(images, key=lambda path: natural_order(path.name))
 
 
 def open_frames(source: str | os.PathLike[str] | Iterable[Any]) -> Iterable[Any]:
@@ -41,39 +44,47 @@ def open_frames(source: str | os.PathLike[str] | Iterable[Any]) -> Iterable[Any]
     """
     if not isinstance(source, (str, os.PathLike)):
         return source
+    refuse_url(source)
     return list_frames(source) if Path(source).is_dir() else VideoReader(source)
 
 
-def read_frames(frames: Iterable[Any]) -> Iterator[np.ndarray]:
-    """Every frame as `(H, W, 3)` uint8, RGB, of one size.
-
-    Args:
-        frames: Arrays `(H, W, 3)` uint8, PIL images, or paths of pictures.
+def refuse_url(path: str | os.PathLike[str]) -> None:
+    """Frames, folders and videos are read from files here.
 
     Raises:
-        ValueError: One is none of these, is damaged, or differs in size from the first.
+        ValueError: The path is a URL.
+    """
+    if URL.match(str(path)):
+        raise ValueError(f"{path} is a URL; download it, and give the path of the file")
+
+
+def read_frames(frames: Iterable[Any], converter: FrameConverter | None = None) -> Iterator[np.ndarray]:
+    """Every frame as `(H, W, 3)` uint8, RGB, upright, of one size.
+
+    Args:
+        frames: Frames of any kind that `modeling_raft.frames_raft.read_frame` takes.
+        converter: Maps intensities to 0..255; None: by the range that the first two frames have in common.
+
+    Raises:
+        ValueError: One is of no such kind, is damaged, or differs in size from the first.
         OSError: One cannot be read.
     """
+    converter = converter or FrameConverter()
     size: tuple[int, ...] | None = None
-    for number, frame in enumerate(frames, start=1):
-        name = f"frame {number}"
-        if isinstance(frame, (str, os.PathLike)):
-            name = f"{name} ({os.fspath(frame)})"
-            picture = read_rgb({"bytes": None, "path": os.fspath(frame)}, f"frame {number}")
-        elif isinstance(frame, PIL.Image.Image):
-            picture = to_rgb(frame, name)
-        else:
-            # A copy: what decodes into one buffer again and again would change the frame before this one, too.
-            picture = frame.copy() if isinstance(frame, np.ndarray) else frame
-        if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
-            received = (
-                f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-            )
-            raise ValueError(f"{name}: expected an array uint8 (H, W, 3), a PIL image or a path; received {received}")
-        size = size or picture.shape
-        if picture.shape != size:
+    waiting: list[tuple[np.ndarray, str]] = []
+    for index, frame in enumerate(frames):
+        name = describe(frame, f"frame {index + 1}")
+        array = read_frame(frame, name)
+        size = size or array.shape
+        if array.shape != size:
             raise ValueError(
-                f"all frames must have one size; {name} is {picture.shape[1]} x {picture.shape[0]}, the first "
+                f"all frames must have one size; {name} is {array.shape[1]} x {array.shape[0]}, the first "
                 f"{size[1]} x {size[0]}"
             )
-        yield picture
+        waiting.append((array, name))
+        if index == 0 and array.dtype != np.uint8:
+            continue  # its range is chosen together with that of the next frame
+        yield from converter.convert(*zip(*waiting, strict=True))
+        waiting.clear()
+    if waiting:
+        yield from converter.convert(*zip(*waiting, strict=True))

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flow_data.images import read_rgb
 from flow_data.pairing import natural_order
 from flow_data.whole_files import whole_file
 from flow_inference.frame_sources import list_frames
+from modeling_raft.frames_raft import describe, read_frame
 
 
 def list_maps(path: Path) -> Sequence[Path] | np.ndarray:
@@ -70,12 +70,13 @@ def load_npy(path: Path) -> np.ndarray:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """`(H, W)` or `(H, W, 3)` uint8, without any conversion."""
-    pixels = read_rgb({"bytes": None, "path": str(path)}, "map")  # refuses 16 bits, which Pillow cuts to 8 in RGB
+    """`(H, W)` or `(H, W, 3)` uint8, turned upright as frames are."""
+    pixels = read_frame(path, describe(path, "map"))
     with Image.open(path) as image:
-        if image.mode not in ("L", "RGB"):
-            raise ValueError(f"{path}: expected a grey or RGB picture; received Pillow's mode {image.mode}")
-        return pixels if image.mode == "RGB" else pixels[..., 0]
+        mode = image.mode
+    if mode not in ("L", "RGB") or pixels.dtype != np.uint8:
+        raise ValueError(f"{path}: maps must be 8-bit gray or RGB images; got {pixels.dtype} of Pillow's mode {mode}")
+    return pixels if mode == "RGB" else pixels[..., 0]
 
 
 def write_map(path: Path, values: np.ndarray) -> None:

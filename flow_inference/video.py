@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from flow_inference.consistency import consistency_error, is_occluded
+from flow_inference.devices import computes_bf16_quickly
 from flow_inference.estimator import EncodedFrame, FlowEstimator
 from flow_inference.frame_sources import open_frames, read_frames
 from flow_inference.held_frames import TOLERANCE, is_held
-from flow_inference.precision import computes_bf16_quickly
 from flow_inference.scene_cuts import SceneWatch, photometric_error
 from flow_inference.warm_start import project_forward, shorten
 from modeling_raft import RaftForOpticalFlow
+from modeling_raft.frames_raft import FrameConverter
 
-COLD_UPDATES = 12  # those that models are trained with
 # Chosen together, for an error that stays within 2 % of that of 12 updates from zero: docs/video.md has the figures.
 WARM_UPDATES = 8
 SHORTENED_BY = 0.5  # grid pixels, 4 of the image
@@ -67,18 +67,25 @@ class FlowVideo:
 
     Args:
         model: In eval mode, on any device.
-        frames: A video file, a folder of pictures, or anything that yields frames of one size: arrays `(H, W, 3)`
-            uint8, PIL images or paths. A generator can be used once.
-        num_flow_updates: Of a pair that starts from zero.
-        warm_num_flow_updates: Of one that starts from the pair before it.
+        frames: A video file, a folder of images, or anything that yields frames of one size: paths, the bytes of image
+            files, PIL images, arrays or tensors (`modeling_raft.frames_raft`). A generator can be used once.
+        num_flow_updates: Of a pair that starts from zero; None: as the model's configuration says.
+        warm_num_flow_updates: Of one that starts from the pair before it; None: 8, or `num_flow_updates` if less.
         warm_start: False estimates each pair on its own: the same flow as pair by pair.
         shortened_by: The carried flow is shortened by so many grid pixels before a pair starts from it; 0 is the
             published warm start.
         backward: Estimate the flow from frame 2 to frame 1, too, and from both what is occluded.
         max_side: Estimate on frames reduced to this longer side, pixels; the flow is that of the frames themselves.
+        min_side: Estimate on frames enlarged to this shorter side, pixels, which helps with frames below 128 px.
         held_tolerance: As in `is_held`, pixels; 0: exact copies only; None: look for no held frames.
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`. None: bf16 with a warm start where the hardware has instructions
-            for it (it moves the flow by some 0.01 px), else as the model is.
+            for it (it moves the flow by some 0.01 px), else as the model is. A list of two frames is no video to be
+            started warm, so it is not computed in bf16 unless asked for.
+        intensity_range: (low, high) that become black and white; None: 0 to 255 of 8-bit frames, and the smallest and
+            the largest value of the first two of 16-bit frames.
+
+    Attributes:
+        mapped_range: The intensity range that became 0..255, once frames are read; None where that is their own.
 
     Raises:
         ValueError: A setting is out of range, or the model is in training mode.
@@ -90,15 +97,21 @@ class FlowVideo:
         model: RaftForOpticalFlow,
         frames: str | os.PathLike[str] | Iterable[Any],
         *,
-        num_flow_updates: int = COLD_UPDATES,
-        warm_num_flow_updates: int = WARM_UPDATES,
+        num_flow_updates: int | None = None,
+        warm_num_flow_updates: int | None = None,
         warm_start: bool = True,
         shortened_by: float = SHORTENED_BY,
         backward: bool = False,
         max_side: int | None = None,
+        min_side: int | None = None,
         held_tolerance: float | None = TOLERANCE,
         mixed_precision: str | None = None,
+        intensity_range: tuple[float, float] | None = None,
     ):
+        if num_flow_updates is None:
+            num_flow_updates = model.config.num_flow_updates
+        if warm_num_flow_updates is None:
+            warm_num_flow_updates = min(WARM_UPDATES, num_flow_updates)
         for name, value, lowest in (
             ("num_flow_updates", num_flow_updates, 1),
             ("warm_num_flow_updates", warm_num_flow_updates, 1),
@@ -107,7 +120,8 @@ class FlowVideo:
         ):
             if not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}; got {value}")
-        if mixed_precision is None and warm_start and model.dtype == torch.float32:
+        is_pair = isinstance(frames, Sized) and not isinstance(frames, str) and len(frames) == 2
+        if mixed_precision is None and warm_start and not is_pair and model.dtype == torch.float32:
             free = not torch.is_autocast_enabled(model.device.type)  # else the caller has chosen
             mixed_precision = "bf16" if free and computes_bf16_quickly(model.device) else None
         self.model = model
@@ -117,20 +131,25 @@ class FlowVideo:
         self.warm_start = warm_start
         self.shortened_by = shortened_by
         self.backward = backward
-        self.max_side = max_side
+        self.max_side, self.min_side = max_side, min_side
         self.held_tolerance = held_tolerance
         self.mixed_precision = mixed_precision
-        self.new_estimator(128, 128)  # says now what is wrong with the settings
+        self.intensity_range = intensity_range
+        self.mapped_range: tuple[float, float] | None = None
+        FrameConverter(intensity_range)  # raises now what is wrong with the settings, and so does the next line
+        self.new_estimator(128, 128)
 
     def new_estimator(self, height: int, width: int) -> FlowEstimator:
         """An estimator with the video's settings for frames of a size."""
-        return FlowEstimator(self.model, height, width, self.max_side, self.mixed_precision)
+        return FlowEstimator(self.model, height, width, self.max_side, self.mixed_precision, self.min_side)
 
     def __iter__(self) -> Iterator[VideoFlow]:
-        frames = read_frames(self.frames)
+        converter = FrameConverter(self.intensity_range)
+        frames = read_frames(self.frames, converter)
         frame1 = next(frames, None)
         if frame1 is None:
             return
+        self.mapped_range = converter.mapped_range
         scene = _Scene(self, self.new_estimator(frame1.shape[0], frame1.shape[1]))
         shown = frame1  # since when the picture is held: what drifts or fades slowly moves away from it in the end
         for index, frame2 in enumerate(frames):

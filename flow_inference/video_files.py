@@ -230,7 +230,7 @@ class _DamageError(Exception):
 
 @contextmanager
 def _open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first stream of moving pictures."""
+    """The container and the video stream that a player would show."""
     with open(path, "rb"):
         pass  # Python's errors name the file and what is wrong
     try:
@@ -243,7 +243,8 @@ def _open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
             kinds = ", ".join(sorted({stream.type for stream in container.streams}))
             found = f"only {kinds}" if kinds else "nor anything else: its index may be damaged"
             raise ValueError(f"{path}: expected a video, and there is no moving picture in it, {found}")
-        yield container, streams[0]
+        shown = container.streams.best("video")  # as players choose: FFmpeg's rule
+        yield container, shown if shown in streams else streams[0]
 
 
 def _is_cover(stream: Any) -> bool:

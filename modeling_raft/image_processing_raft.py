@@ -1,6 +1,5 @@
 """Pairs of images to the model's input, and its output back to flow at the images' size."""
 
-import os
 from typing import Any
 
 import torch
@@ -8,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .frames_raft import KINDS, read_frames
 
 GRID = 8  # the model wants multiples of this
 
@@ -21,10 +21,14 @@ class RaftImageProcessorKwargs(ImagesKwargs, total=False):
         below, as for KITTI. The width's padding is always split.
     min_size (`int`, *optional*, defaults to `self.min_size`):
         Images are padded to at least this height and width, in pixels.
+    intensity_range (`tuple[float, float]`, *optional*):
+        Intensities that become black and white, for frames of any depth. By default 0 to 255 for 8-bit frames, and
+        the smallest and the largest value of a pair for 16-bit frames.
     """
 
     height_padding: str
     min_size: int
+    intensity_range: tuple[float, float] | list[float] | None
 
 
 class RaftImageProcessor(TorchvisionBackend):
@@ -44,6 +48,7 @@ class RaftImageProcessor(TorchvisionBackend):
     do_pad = True
     height_padding = "split"
     min_size = 64  # the smallest that a model with 4 correlation levels takes
+    intensity_range = None
 
     def __init__(self, **kwargs: Unpack[RaftImageProcessorKwargs]):
         super().__init__(**kwargs)  # type: ignore[misc]  # the base class is annotated with its own options only
@@ -53,33 +58,41 @@ class RaftImageProcessor(TorchvisionBackend):
         """Prepare one or several pairs.
 
         Args:
-            images: `[frame1, frame2]`, or a list of such pairs. A frame is a PIL image, a path, or an array or tensor
-                `(H, W, 3)`, `(3, H, W)` or `(H, W)` of 0..255. Arrays `(2, ...)` and `(B, 2, ...)` of frames work too.
-            kwargs: Options that differ from the processor's own, and `return_tensors="pt"`.
+            images: `[frame1, frame2]`, or a list of such pairs. A frame is a path, a URL, the bytes of an image file,
+                a PIL image, or an array or tensor `(H, W, 3)`, `(3, H, W)` or `(H, W)`. Arrays `(2, ...)` and
+                `(B, 2, ...)` of frames work too. Gray frames become RGB, transparency is dropped, images with an EXIF
+                orientation are turned upright; `frames_raft.py` says how depths other than 8 bits are scaled.
+            kwargs: Options that differ from the processor's own, and `return_tensors="pt"`. `do_rescale=False` says
+                that frames are floats in 0..1.
 
         Returns:
             `pixel_values` `(B, 2, 3, H, W)` float32 in [-1, 1].
 
         Raises:
-            ValueError: No pairs, or images of different sizes.
+            ValueError: No pairs, images of different sizes, or a frame that cannot be converted.
+            OSError: A file cannot be read.
         """
         return super().preprocess(images, **kwargs)
 
-    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
-        """All frames in one list: frame 1 and 2 of the first pair, then of the next."""
-        images = self.fetch_images(_as_lists(images))
-        pairs = (
-            [images] if isinstance(images, list) and not any(isinstance(image, list) for image in images) else images
-        )
-        if not isinstance(pairs, list) or not pairs:
-            raise ValueError("images must be a pair [frame1, frame2] or a list of such pairs")
-        for pair in pairs:
-            if not isinstance(pair, list) or len(pair) != 2 or not all(is_valid_image(image) for image in pair):
-                raise ValueError(
-                    "images must be a pair [frame1, frame2] or a list of such pairs; "
-                    f"got a list of {len(pair) if isinstance(pair, list) else type(pair).__name__}"
-                )
-        return [image for pair in pairs for image in pair]
+    def _prepare_image_like_inputs(  # type: ignore[override]  # only the options that this processor uses
+        self,
+        images: Any,
+        do_rescale: bool | None = None,
+        intensity_range: tuple[float, float] | None = None,
+        input_data_format: Any = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """All frames as `(3, H, W)` uint8 in one list: frame 1 and 2 of the first pair, then of the next."""
+        if input_data_format is not None:
+            input_data_format = str(getattr(input_data_format, "value", input_data_format))
+        options = {"intensity_range": intensity_range, "input_data_format": input_data_format}
+        frames: list[Tensor] = []
+        for pair in _as_pairs(images):
+            device = pair[0].device if device is None and isinstance(pair[0], Tensor) else device
+            arrays = read_frames(pair, do_rescale=do_rescale is not False, **options)
+            frames += [torch.from_numpy(array).permute(2, 0, 1).contiguous().to(device) for array in arrays]
+        return frames
 
     def _preprocess(  # type: ignore[override]  # only the options that this processor has
         self,
@@ -99,6 +112,8 @@ class RaftImageProcessor(TorchvisionBackend):
         sizes = {tuple(image.shape[-2:]) for image in images}
         if len(sizes) > 1:
             raise ValueError(f"all images of a batch must have one size (height, width); got {sorted(sizes)}")
+        if not do_rescale:  # frames were in 0..1, and are 8-bit by now as all others
+            do_rescale, rescale_factor = True, 1 / 255
         processed = [
             self.rescale_and_normalize(image[None], do_rescale, rescale_factor, do_normalize, image_mean, image_std)
             for image in images
@@ -118,8 +133,7 @@ class RaftImageProcessor(TorchvisionBackend):
         Args:
             outputs: `RaftOutput`, its flow `(B, 2, H, W)`.
             target_sizes: (height, width) of each pair's images before they were padded; None: keep the padding.
-            height_padding: As it was given to `preprocess`; None: the processor's own.
-            min_size: Likewise.
+            height_padding, min_size: As they were given to `preprocess`; None: the processor's own.
 
         Returns:
             For each pair `{"flow": (2, height, width)}` in pixels.
@@ -159,11 +173,33 @@ def image_padding(height: int, width: int, height_padding: str, min_size: int) -
     return extra_width // 2, extra_width - extra_width // 2, top, extra_height - top
 
 
+def _as_pairs(images: Any) -> list[list[Any]]:
+    """A pair, or several of them, as a list of lists of two frames."""
+    images = _as_lists(images)
+    if isinstance(images, list) and images and not any(isinstance(entry, list) for entry in images):
+        images = [images]
+    if not isinstance(images, list) or not images:
+        raise ValueError(f"images must be a pair [frame1, frame2] or a list of such pairs; got {_describe(images)}")
+    for pair in images:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(
+                f"images must be a pair [frame1, frame2] or a list of such pairs; got a list of {_describe(pair)}"
+            )
+        for frame in pair:
+            if isinstance(frame, list):
+                raise ValueError(f"each frame of a pair must be {KINDS}; got {_describe(frame)}")
+    return images
+
+
 def _as_lists(entry: Any) -> Any:
-    """Tuples and arrays of several frames as lists, paths as strings; a frame as it is."""
+    """Tuples and arrays of several frames as lists; a frame as it is."""
     if isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) > 3:
         return [_as_lists(inner) for inner in entry]
-    return os.fspath(entry) if isinstance(entry, os.PathLike) else entry
+    return entry
+
+
+def _describe(entry: Any) -> str:
+    return f"{len(entry)} frames" if isinstance(entry, list) else type(entry).__name__
 
 
 def _check_height_padding(height_padding: str) -> None:

@@ -10,10 +10,14 @@ CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what a container may use 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
     """Bytes that are free on a device, and that it has; of what PyTorch cannot ask, a cautious guess."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    if device.type in ("cuda", "xpu"):
+        backend = getattr(torch, device.type)
+        free, total = backend.mem_get_info(device)
         # What PyTorch has taken and not given out is as good as free.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+        return free + backend.memory_reserved(device) - backend.memory_allocated(device), total
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return max(0, total - torch.mps.current_allocated_memory()), total
     if device.type == "cpu" and hasattr(os, "sysconf"):
         return host_memory()
     return 4 * 2**30, 8 * 2**30

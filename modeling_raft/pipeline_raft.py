@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 from transformers import Pipeline
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import get_image_size, is_valid_image, load_image
-from transformers.utils import ModelOutput, is_torchvision_available, is_vision_available
+from transformers.image_utils import is_valid_image
+from transformers.utils import ModelOutput, is_torchvision_available
+
+from .frames_raft import KINDS, read_frames
 
 # Under such an `if`, transformers does not count an import among what everyone needs who loads the model alone.
-if is_vision_available():
-    import PIL.Image
 if is_torchvision_available():
     from torchvision.utils import flow_to_image
 
 ONE_OR_SEVERAL = "one pair of frames is a tuple, pipe((frame1, frame2)); several pairs are a list of tuples"
-DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's, of more than 8 bits: it would only clip them
 
 
 class OpticalFlowPipeline(Pipeline):
     """Flow from the first to the second frame of pairs, each at its own size.
 
-    A frame is a PIL image, a path, a URL, or an array or tensor `(H, W, 3)`, `(3, H, W)` or `(H, W)` of 0..255. Grey
-    ones and those with transparency become RGB, 16 bits are refused.
+    A frame is a path, a URL, the bytes of an image file, a PIL image, or an array or tensor `(H, W, 3)`, `(3, H, W)`
+    or `(H, W)`. Images with an EXIF orientation are turned upright. 16-bit frames of a pair are scaled by one range.
 
         pipe = pipeline("optical-flow", model="user/name", trust_remote_code=True)
         flow = pipe((frame1, frame2))["flow"]
@@ -54,6 +53,8 @@ class OpticalFlowPipeline(Pipeline):
                 `(B, 2, ...)`, is several; so are a generator and a `torch.utils.data.Dataset` of pairs, lazily.
             num_flow_updates: updates of the flow; None: as the model's configuration says.
             return_image: also draw the flow.
+            intensity_range: (low, high) that become black and white; None: 0 to 255 of 8-bit frames, and the smallest
+                and the largest value of a pair of 16-bit frames.
             batch_size, num_workers: as in any pipeline. Pairs of a batch that have different sizes are computed apart.
 
         Returns:
@@ -62,8 +63,9 @@ class OpticalFlowPipeline(Pipeline):
             as part of the longest. For a list a list of these, for a generator or data set an iterator.
 
         Raises:
-            ValueError: no pair of frames of one size, frames that are not 8 bits deep, or an unknown argument; the
+            ValueError: no pair of frames of one size, a frame that cannot be converted, or an unknown argument; the
                 message says which.
+            OSError: a file cannot be read.
         """
         if args:
             raise ValueError(f"the pipeline takes one argument: {ONE_OR_SEVERAL}")
@@ -79,32 +81,45 @@ class OpticalFlowPipeline(Pipeline):
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
-        self, num_flow_updates: int | None = None, return_image: bool | None = None, **unknown: Any
+        self,
+        num_flow_updates: int | None = None,
+        return_image: bool | None = None,
+        intensity_range: tuple[float, float] | None = None,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise ValueError(
                 f"the optical-flow pipeline has no argument {', '.join(sorted(unknown))}; it has num_flow_updates, "
-                "return_image, batch_size and num_workers"
+                "return_image, intensity_range, batch_size and num_workers"
             )
+        preprocess = {} if intensity_range is None else {"intensity_range": intensity_range}
         forward = {} if num_flow_updates is None else {"num_flow_updates": num_flow_updates}
         postprocess = {} if return_image is None else {"return_image": return_image}
-        return {}, forward, postprocess
+        return preprocess, forward, postprocess
 
-    def preprocess(self, pair: Any) -> dict[str, list]:  # type: ignore[override]
+    @property
+    def min_size(self) -> int:
+        """The smallest height and width in pixels that frames are padded to."""
+        return max(self.image_processor.min_size, self.model.config.min_image_size)  # type: ignore[union-attr]
+
+    def preprocess(self, pair: Any, intensity_range: tuple[float, float] | None = None) -> dict[str, list]:  # type: ignore[override]
         """One pair: `pixel_values`, a list of one `(2, 3, H, W)`, and `target_size`, of one (height, width).
 
         In lists, since the base class would join bare tensors of a batch, which may differ in size.
         """
         _check_pair(pair, "an input")
-        frames = [load_frame(frame) for frame in pair]
-        sizes = [_frame_size(frame) for frame in frames]
+        processor: Any = self.image_processor
+        intensity_range = processor.intensity_range if intensity_range is None else intensity_range
+        frames = read_frames(list(pair), intensity_range=intensity_range, do_rescale=processor.do_rescale)
+        sizes = [frame.shape[:2] for frame in frames]
         if sizes[0] != sizes[1]:
             raise ValueError(
                 f"the frames of a pair must have one size (height, width); got {sizes[0]} and {sizes[1]}. "
                 "Resize or crop one of them."
             )
-        pixel_values = self.image_processor(frames, return_tensors="pt")["pixel_values"]  # type: ignore[misc]
-        return {"pixel_values": [pixel_values[0]], "target_size": [sizes[0]]}
+        converted = {"input_data_format": "channels_last", "intensity_range": (0.0, 255.0), "do_rescale": True}
+        inputs = processor([frames], min_size=self.min_size, return_tensors="pt", **converted)
+        return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [sizes[0]]}
 
     def _forward(self, inputs: Mapping[str, list], **options: Any) -> dict[str, list]:  # type: ignore[override]
         """A pair, or a batch of them, in which every entry is a list of one again."""
@@ -121,38 +136,14 @@ class OpticalFlowPipeline(Pipeline):
         """The result of one pair: `flow` holds one `(2, H, W)`, `target_size` one (height, width)."""
         output = ModelOutput(flow=outputs["flow"][0][None])
         processor: Any = self.image_processor
-        flow = processor.post_process_optical_flow(output, target_sizes=outputs["target_size"])[0]["flow"]
+        flow = processor.post_process_optical_flow(
+            output, target_sizes=outputs["target_size"], min_size=self.min_size
+        )[0]["flow"]
         # Of its own memory: a view would keep all of the padded batch, and save it with the flow.
         result: dict[str, Any] = {"flow": flow.float().clone()}
         if return_image:
             result["image"] = to_pil_image(draw_flow(result["flow"]), do_rescale=False)
         return result
-
-
-def load_frame(frame: Any) -> Any:
-    """A frame in memory: a PIL image, array or tensor as it is, else what its path or URL names, as a PIL image.
-
-    Raises:
-        ValueError: It is not 8 bits deep, or there is no such file.
-        OSError: The file is damaged.
-    """
-    if isinstance(frame, (str, os.PathLike)):
-        return _read_frame(os.fspath(frame))
-    if isinstance(frame, PIL.Image.Image):
-        _check_mode(frame.mode, "the frame")
-        return frame
-    if 0 in frame.shape:
-        raise ValueError(f"a frame is empty: {tuple(frame.shape)}")
-    dtype = str(frame.dtype).removeprefix("torch.")
-    if dtype != "uint8":
-        values = frame.double() if isinstance(frame, Tensor) else frame
-        lowest, highest = float(values.min()), float(values.max())
-        if not (lowest >= 0 and highest <= 255):  # which what is not a number fails, too
-            raise ValueError(f"frames must be 0..255; got {dtype} from {lowest:g} to {highest:g}")
-        if dtype == "bool" or ("float" in dtype and 0 < highest <= 1):
-            raise ValueError(f"frames must be 0..255; this one of {dtype} seems to be 0..1: multiply it by 255")
-    # Torch takes no flipped view, such as OpenCV's frame[..., ::-1], but its copy.
-    return frame if isinstance(frame, Tensor) else frame.copy()
 
 
 def draw_flow(flow: Tensor) -> Tensor:
@@ -196,34 +187,5 @@ def _check_pair(pair: Any, name: str) -> None:
     if len(pair) != 2:
         raise ValueError(f"{name} holds {len(pair)} frames, not 2: {ONE_OR_SEVERAL}")
     for frame in pair:
-        if not (isinstance(frame, (str, os.PathLike)) or is_valid_image(frame)):
-            raise ValueError(
-                f"{name} holds a {type(frame).__name__}, not a frame (PIL image, path, URL, array or tensor): "
-                f"{ONE_OR_SEVERAL}"
-            )
-
-
-def _read_frame(name: str) -> Any:
-    """A PIL image of what a path or URL names."""
-    if not os.path.isfile(name):
-        return load_image(name)
-    try:
-        with PIL.Image.open(name) as image:
-            mode = image.mode
-        frame = load_image(name)
-    except Exception as error:  # Pillow has many, and few name the file
-        raise OSError(f"{name} cannot be read as an image: {error}") from error
-    _check_mode(mode, name)  # `load_image` clips to 8 bits in silence
-    return frame
-
-
-def _check_mode(mode: str, name: str) -> None:
-    if mode in DEEP_MODES:
-        raise ValueError(f"{name} is not 8 bits deep (mode {mode}): scale it to 0..255 first")
-
-
-def _frame_size(frame: Any) -> tuple[int, int]:
-    """(height, width)."""
-    if isinstance(frame, PIL.Image.Image):
-        return frame.height, frame.width
-    return tuple(frame.shape) if frame.ndim == 2 else get_image_size(frame)
+        if not (isinstance(frame, (str, os.PathLike, bytes, bytearray, memoryview)) or is_valid_image(frame)):
+            raise ValueError(f"{name} holds a {type(frame).__name__}, not a frame ({KINDS}): {ONE_OR_SEVERAL}")

@@ -11,33 +11,43 @@ from modeling_raft import RaftImageProcessor
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(1, 3000), st.integers(1, 3000), st.one_of(st.none(), st.integers(128, 2000)))
-def test_every_size_fits(height, width, max_side):
-    fit = FrameFit(height, width, max_side)
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.one_of(st.none(), st.integers(128, 2000)),
+    st.sampled_from([None, 1, 128]),
+)
+def test_every_size_fits(height, width, max_side, min_side):
+    fit = FrameFit(height, width, max_side, min_side)
     left, right, top, bottom = fit.padding
     padded = fit.resized[0] + top + bottom, fit.resized[1] + left + right
-    assert min(fit.resized) >= 128 and not any(side % 8 for side in padded)
-    assert max(left + right, top + bottom) < 8
+    assert min(fit.resized) >= (min_side or 1) and min(padded) >= 64 and not any(side % 8 for side in padded)
+    assert left + right < 8 or padded[1] == 64
+    assert top + bottom < 8 or padded[0] == 64
     if max_side is not None:
         assert max(fit.resized) <= max(max_side, 128)
     assert max(fit.resized) <= max(height, width, 1024)
-    if min(height, width) >= 128 and max(height, width) <= (max_side or 10**9):
+    if min(height, width) >= (min_side or 1) and max(height, width) <= (max_side or 10**9):
         assert fit.resized == (height, width)
     if max(height, width, *padded) < 600:
         assert fit.restore(torch.zeros(1, 2, *padded)).shape == (1, 2, height, width)
 
 
-def test_pixels_are_those_of_the_processor():
-    frame = np.random.default_rng(0).integers(0, 256, (133, 150, 3), dtype=np.uint8)
-    fit = FrameFit(133, 150)
-    expected = RaftImageProcessor()([frame, frame], return_tensors="pt").pixel_values[:, 0]
-    torch.testing.assert_close(fit.prepare(frame, torch.device("cpu")), expected)
+@pytest.mark.parametrize("size", [(133, 150), (64, 64), (37, 70), (3, 200)])
+def test_pixels_are_those_of_the_processor(size):
+    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    fit = FrameFit(*size)
+    expected = RaftImageProcessor()([frame, frame], return_tensors="pt", input_data_format="channels_last")
+    assert torch.equal(fit.prepare(frame, torch.device("cpu")), expected.pixel_values[:, 0])
 
 
-@pytest.mark.parametrize(("size", "max_side"), [((100, 400), None), ((600, 900), 300), ((20, 2000), None)])
-def test_flow_is_in_pixels_of_the_frames(size, max_side):
+@pytest.mark.parametrize(
+    ("size", "max_side", "min_side"),
+    [((100, 400), None, 128), ((600, 900), 300, None), ((20, 2000), None, 128), ((20, 30), None, None)],
+)
+def test_flow_is_in_pixels_of_the_frames(size, max_side, min_side):
     """Flow that stretches the resized frame by a tenth stretches the frame by a tenth."""
-    fit = FrameFit(*size, max_side)
+    fit = FrameFit(*size, max_side, min_side)
     left, right, top, bottom = fit.padding
     height, width = fit.resized
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
@@ -48,15 +58,19 @@ def test_flow_is_in_pixels_of_the_frames(size, max_side):
 
 
 def test_narrow_frames_keep_their_shape_as_far_as_it_goes():
-    assert FrameFit(64, 200).resized == (128, 400)
-    assert FrameFit(10, 100).resized == (128, 1024)
-    assert FrameFit(10, 3000).resized == (128, 3000)
-    assert FrameFit(200, 64, max_side=256).resized == (256, 128)
+    assert FrameFit(64, 200, min_side=128).resized == (128, 400)
+    assert FrameFit(10, 100, min_side=128).resized == (128, 1024)
+    assert FrameFit(10, 3000, min_side=128).resized == (128, 3000)
+    assert FrameFit(200, 64, max_side=256, min_side=128).resized == (256, 128)
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="at least 128; got 100"):
-        FrameFit(300, 300, max_side=100)
+    with pytest.raises(ValueError, match="max_side must be at least 128; got 100"):
+        FrameFit(300, 300, max_side=100, min_side=128)
+    with pytest.raises(ValueError, match="max_side must be at least 64; got 63"):
+        FrameFit(300, 300, max_side=63)
+    with pytest.raises(ValueError, match="min_side must be at least 1; got 0"):
+        FrameFit(300, 300, min_side=0)
     with pytest.raises(ValueError, match="0 x 5"):
         FrameFit(0, 5)
     with pytest.raises(ValueError, match=r"uint8 \(130, 140, 3\), as the first; got float32 \(130, 140, 3\)"):

@@ -167,9 +167,6 @@ def test_dtype_and_device(folder, pipe, dtype, options):
     assert 0 < (flow - reference).abs().max() < 0.1 * reference.abs().max()
 
 
-DEEP = PIL.Image.fromarray(np.full(SIZE, 30000, np.uint16))
-
-
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
@@ -186,14 +183,9 @@ DEEP = PIL.Image.fromarray(np.full(SIZE, 30000, np.uint16))
         ((tuple(PAIR), tuple(PAIR)), "the tuple holds a tuple, not a frame"),
         ((PAIR[0], None), "the tuple holds a NoneType, not a frame"),
         ((PAIR[0], PAIR[1, :-1]), r"must have one size \(height, width\); got \(70, 90\) and \(69, 90\)"),
-        ((PAIR[0, :0], PAIR[1, :0]), r"a frame is empty: \(0, 90, 3\)"),
-        ((DEEP, DEEP), r"the frame is not 8 bits deep \(mode I;16\): scale it to 0..255"),
-        ((PAIR[0].astype(np.uint16) * 257,) * 2, "must be 0..255; got uint16 from 0 to 65535"),
-        ((torch.full((64, 64, 3), 256, dtype=torch.uint16),) * 2, "must be 0..255; got uint16 from 256 to 256"),
-        ((PAIR[0].astype(np.int16) - 128,) * 2, "must be 0..255; got int16 from -128 to 127"),
-        ((PAIR[0] / 255,) * 2, r"one of float64 seems to be 0..1: multiply it by 255"),
-        ((PAIR[0] > 9,) * 2, "one of bool seems to be 0..1"),
-        ((PAIR[0] * np.nan,) * 2, "must be 0..255; got float64 from nan to nan"),
+        ((PAIR[0, :0], PAIR[1, :0]), r"frame 1 is empty: its shape is \(0, 90, 3\)"),
+        ((PAIR[0] * np.nan,) * 2, "frame 1 must hold finite numbers; it has NaN or infinities"),
+        ((PAIR[0] / 127.5 - 1,) * 2, "frame 1: float frames must be in 0..1 or 0..255"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(pipe, inputs, said):
@@ -204,19 +196,19 @@ def test_mistakes_are_named(pipe, inputs, said):
 def test_mistakes_in_calls_and_files_are_named(pipe, folder, tmp_path):
     with pytest.raises(ValueError, match=r"takes one argument: one pair of frames is a tuple, pipe\(\(frame1"):
         pipe(PAIR[0], PAIR[1])
-    with pytest.raises(ValueError, match="has no argument iters; it has num_flow_updates"):
+    with pytest.raises(
+        ValueError, match="has no argument iters; it has num_flow_updates, return_image, intensity_range"
+    ):
         pipe(tuple(PAIR), iters=12)
     with pytest.raises(ValueError, match="has no argument retrun_image"):
         pipeline("optical-flow", model=folder, retrun_image=True)
     with pytest.raises(ValueError, match="num_flow_updates must be at least 1; got 0"):
         pipe(tuple(PAIR), num_flow_updates=0)
-    with pytest.raises(ValueError, match="nowhere.png"):
+    with pytest.raises(FileNotFoundError, match="nowhere.png.: no such file"):
         pipe((tmp_path / "nowhere.png", PAIR[1]))
-    DEEP.save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png is not 8 bits deep"):
-        pipe((tmp_path / "deep.png", tmp_path / "deep.png"))
-    (tmp_path / "damaged.png").write_bytes((tmp_path / "deep.png").read_bytes()[:20])
-    with pytest.raises(OSError, match="damaged.png"):
+    PIL.Image.fromarray(PAIR[0]).save(tmp_path / "damaged.png")
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "damaged.png").read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="damaged.png"):
         pipe((tmp_path / "damaged.png", PAIR[1]))
 
 

@@ -10,10 +10,10 @@ import torch
 from moving_shapes import moving_shapes
 from test_modeling_raft import tiny_config
 
-import flow_inference.precision
+import flow_inference.devices
 from flow_inference import FlowVideo, predict_pair
+from flow_inference.devices import autocast
 from flow_inference.held_frames import is_held
-from flow_inference.precision import autocast
 from flow_inference.scene_cuts import SceneWatch, photometric_error
 from flow_inference.video_files import VideoReader, VideoWriter
 from modeling_raft import RaftForOpticalFlow
@@ -293,8 +293,8 @@ def test_frames_come_from_anywhere(model, shapes, tmp_path):
             [np.zeros((130, 130, 3), np.uint8), np.zeros((130, 131, 3), np.uint8)],
             "frame 2 is 131 x 130, the first 130",
         ),
-        ([np.zeros((130, 130, 3), np.float32)], "frame 1: expected an array uint8"),
-        ([None], "received NoneType"),
+        ([np.full((130, 130, 3), -1, np.float32)], "frame 1: float frames must be in 0..1 or 0..255"),
+        ([None], "frame 1 must be a path, .* or a tensor; got NoneType"),
         ("nowhere.mp4", "nowhere.mp4"),
     ],
 )
@@ -309,7 +309,9 @@ def test_bad_settings_are_named(model):
         ({"warm_num_flow_updates": 0}, "warm_num_flow_updates must be at least 1"),
         ({"shortened_by": -1}, "shortened_by must be at least 0"),
         ({"held_tolerance": -0.1}, "held_tolerance must be at least 0"),
-        ({"max_side": 64}, "max_side must be at least 128; got 64"),
+        ({"max_side": 56}, "max_side must be at least 64; got 56"),
+        ({"min_side": 0}, "min_side must be at least 1; got 0"),
+        ({"intensity_range": (5, 5)}, "intensity_range must be .low, high. with low below high"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"mixed_precision": "fp8"}, "must be one of no, bf16, fp16"),
     ):
@@ -326,9 +328,10 @@ def test_bf16_is_taken_where_it_is_quick_and_nobody_has_chosen(model, monkeypatc
         return FlowVideo(model, [], **options).mixed_precision
 
     assert chosen(True) == "bf16" and chosen(False) is None
+    assert FlowVideo(model, ["frame1.png", "frame2.png"]).mixed_precision is None  # no video, and so as pair by pair
     assert chosen(True, warm_start=False) is None and chosen(True, mixed_precision="no") == "no"
     with torch.autocast("cpu", torch.bfloat16):
         assert chosen(True) is None
     with autocast(torch.device("cpu"), "bf16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    assert isinstance(flow_inference.precision.computes_bf16_quickly(torch.device("cpu")), bool)
+    assert isinstance(flow_inference.devices.computes_bf16_quickly(torch.device("cpu")), bool)

@@ -1,10 +1,36 @@
-"""In which precision a model is run where nobody says."""
+"""The device that a model runs on, and its precision, by default and as a user names them."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device of a name, or by default the accelerator that torch finds (CUDA, MPS, XPU, ...), else the CPU.
+
+    Args:
+        name: As torch writes it: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, ...
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:1, mps, xpu, ...; got {name!r}") from error
+    if device.type == "cpu" and not device.index:
+        return device
+    available = []
+    if accelerator is not None:
+        available = [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+    if f"{device.type}:{device.index or 0}" not in available:
+        raise ValueError(f"device {name} is not available; available are {', '.join(['cpu', *available])}")
+    return device
 
 
 def autocast(device: torch.device, mixed_precision: str | None) -> AbstractContextManager:
