@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-# The number that every file of torch.save before 1.6 begins with, and such a file with an option still, pickled.
+# The pickled number with which torch.save began every file before torch 1.6, when it went over to zip archives.
 LEGACY_TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, ...
 BINARY_FORMATS = {
@@ -59,6 +59,13 @@ class _PlainDict:
         return OrderedDict()
 
 
+class _PlainList:
+    """Stands for deque, in which loops keep their latest losses: torch appends to lists only."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return []
+
+
 def _discard_attribute(*args: Any) -> type[_Discarded]:
     """Stands for getattr, by which pickles name methods: OneCycleLR of torch 1 saves one of its own."""
     return _Discarded
@@ -71,6 +78,7 @@ def _names(module: str, names: str) -> list[str]:
 DISCARDED = [
     "argparse.Namespace",
     "types.SimpleNamespace",
+    *("decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
     *_names("builtins", "bool bytes dict float frozenset int list object range slice str tuple"),
     *_names("datetime", "date datetime time timedelta timezone"),
     *_names("pathlib", "PosixPath PurePosixPath PureWindowsPath WindowsPath"),
@@ -79,6 +87,9 @@ DISCARDED = [
     *_names("numpy", "int8 int16 int32 int64 longlong uint8 uint16 uint32 uint64 ulonglong datetime64 timedelta64"),
     *_names("numpy._core.multiarray", "_reconstruct scalar"),
     *_names("numpy.core.multiarray", "_reconstruct scalar"),  # NumPy 1
+    *_names("numpy.random", "_mt19937.MT19937 _pcg64.PCG64 _philox.Philox"),
+    *_names("numpy.random.bit_generator", "SeedSequence __pyx_unpickle_SeedSequence"),
+    *_names("numpy.random._pickle", "__bit_generator_ctor __generator_ctor __randomstate_ctor"),
     *_names("torch", "optim.lr_scheduler.OneCycleLR torch_version.TorchVersion"),
     # Configurations that trainers keep: Hydra's, and the classes of callbacks that Lightning once used as keys.
     *_names("omegaconf", "base.ContainerMetadata base.Metadata listconfig.ListConfig nodes.AnyNode nodes.BooleanNode"),
@@ -98,6 +109,7 @@ PLAIN_DICTS = [
 STAND_INS: list[Any] = [
     *((_Discarded, name) for name in DISCARDED),
     *((_PlainDict, name) for name in PLAIN_DICTS),
+    (_PlainList, "collections.deque"),
     (_discard_attribute, "builtins.getattr"),
 ]
 

@@ -3,6 +3,8 @@
 import argparse
 import collections
 import datetime
+import decimal
+import fractions
 import gzip
 import io
 import os
@@ -12,6 +14,7 @@ import random
 import sys
 import tarfile
 import types
+import uuid
 import zipfile
 
 import numpy as np
@@ -54,9 +57,11 @@ HARMLESS = {
         collections.defaultdict(list, a=[1]),
         collections.OrderedDict(a=1),
         collections.Counter("aab"),
+        collections.deque([0.5, np.float32(1)], maxlen=20),
         {np.int64(3): 1},
     ],
     "builtins": [{1}, frozenset([1]), 1j, range(3), slice(1), b"abc", bytearray(b"abc"), 2**80, float, None],
+    "numbers": [decimal.Decimal("0.1"), fractions.Fraction(1, 3), uuid.UUID(int=3)],
     "numpy scalars": [
         np.float64(1.5),
         np.float32(1),
@@ -67,7 +72,7 @@ HARMLESS = {
     ],
     "numpy arrays": [np.eye(3), np.asfortranarray(np.ones((2, 3))), np.array([1, "a", None], object)],
     "numpy types": [np.dtype("float32"), np.float16, np.zeros(2, [("a", "f4"), ("b", "i8")])],
-    "random states": [random.getstate(), np.random.get_state(), torch.get_rng_state()],
+    "random states": [random.getstate(), np.random.get_state(), np.random.default_rng(0), torch.get_rng_state()],
     "version": torch.__version__,
     "scheduler of torch 1": {"anneal_func": Reduced(getattr, torch.optim.lr_scheduler.OneCycleLR, "_annealing_cos")},
 }

@@ -111,6 +111,7 @@ WRAPPED = {
         "model_ema": {"n_averaged": torch.tensor(3), **prefixed("module.", weights)}
     },
     "twice": lambda weights: {"model": prefixed("module.", weights), "best": weights},
+    "twice under other names": lambda weights: {**prefixed("one.", weights), **prefixed("other.", weights)},
     "with other values": lambda weights: {**weights, "epoch": 3, "optimizer": {"exp_avg": weights}},
     "parameters": lambda weights: {name: torch.nn.Parameter(weight) for name, weight in weights.items()},
     "double": lambda weights: {name: weight.double() for name, weight in weights.items()},
@@ -191,7 +192,9 @@ def test_a_choice_is_logged(put, taken, said, small, caplog):
 
 
 def test_what_is_plain_is_not_logged(small, tmp_path, caplog):
-    torch.save({"state_dict": prefixed("module.", small[1]), "epoch": 3}, tmp_path / "checkpoint.pth")
+    moments = {name: weight + 1 for name, weight in small[1].items()}
+    content = {"state_dict": prefixed("module.", small[1]), "epoch": 3, "optimizer": {"exp_avg": moments}}
+    torch.save(content, tmp_path / "checkpoint.pth")
     load_raft(tmp_path / "checkpoint.pth")
     assert caplog.text == ""
 
