@@ -151,7 +151,7 @@ def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
+    parser.add_argument("--model", required=True, help="folder, repository id, or file of weights of RAFT")
     parser.add_argument("--dataset", required=True, help=", ".join(sorted(PROTOCOLS)))
     parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: pictures to cut textures from")
     parser.add_argument(

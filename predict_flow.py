@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("frames", nargs="*", metavar="FRAMES", help="two images of one size; or a sequence: a folder of images, or "
         "more than two images, which are taken in natural order of their names")  # fmt: skip
     add("--video", metavar="IN", help="a video file, in the place of FRAMES")
-    add("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
+    add("--model", required=True, help="folder, repository id, or file of weights of RAFT")
     add("--output", required=True, help=f"of two images: a file ({flow_files}; .png is a colour picture); "
         f"of a sequence or a video: a folder for a file of each pair, or a video of colours ({films})")  # fmt: skip
     add("--format", choices=list(SUFFIXES), help="of the files in a folder (default: flo); of a .png: colour (the "

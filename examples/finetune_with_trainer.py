@@ -66,7 +66,7 @@ class Samples(Dataset):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="folder, repository id, or .pth")
+    parser.add_argument("--model_name_or_path", required=True, help="folder, repository id, or file of weights")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--train_mix", type=yaml.safe_load, required=True, help="'{SOURCE: REPEATS}'")
     parser.add_argument("--data_root", default="datasets", help="folder that holds the data sets' folders")

@@ -322,7 +322,7 @@ def run(args: argparse.Namespace) -> TemporalSmoother:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, repository id, or .pth of princeton or torchvision")
+    parser.add_argument("--model", required=True, help="folder, repository id, or file of weights of RAFT")
     parser.add_argument("--frames", type=Path, required=True, help="video, or folder of pictures")
     parser.add_argument("--maps", type=Path, required=True, help="one for each frame: folder, or .npy file")
     parser.add_argument("--output", type=Path, required=True, help="what --maps is: folder, or .npy file")

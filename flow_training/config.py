@@ -114,7 +114,9 @@ class TrainingConfig:
     synthetic_validation_pairs: int = option(64, "Pairs in the synthetic validation split.")
 
     # model
-    model_name_or_path: str | None = option(None, "Weights to start from: a folder, a repository id, or a .pth file.")
+    model_name_or_path: str | None = option(
+        None, "Weights to start from: a folder, a repository id, or a file of weights."
+    )
     model_size: Literal["large", "small"] | None = option(None, "Model to start from scratch; default: large.")
     config_overrides: YamlMapping = option(YamlMapping(), "Fields of RaftConfig, for a model from scratch.")
     freeze_batch_norm: bool = option(False, "Keep BatchNorm's running statistics fixed.")

@@ -1,154 +1,97 @@
-"""Weights of the original RAFT (princeton-vl) and of torchvision, as ours.
+"""Weights of the original RAFT (princeton-vl), of torchvision and of this project, whatever wrote them, as a model.
 
 python -m modeling_raft.convert_raft_checkpoint raft-things.pth raft-things/
 """
 
 import argparse
+import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
+from .checkpoint_files import check_weight_file, few, read_weight_file
 from .configuration_raft import RaftConfig
 from .image_processing_raft import RaftImageProcessor
 from .modeling_raft import RaftForOpticalFlow
 from .pipeline_raft import save_pretrained_with_pipeline
+from .weight_layouts import (
+    Fit,
+    Layout,
+    choose_fit,
+    describe_misfit,
+    find_state_dicts,
+    fit_layouts,
+    is_averaged,
+    is_usual_path,
+    known_layouts,
+    make_layout,
+)
 
-WEIGHT_FILE_SUFFIXES = (".pth", ".pt")
+logger = logging.get_logger(__name__)
 
-
-def module_names(config: RaftConfig) -> Iterator[tuple[str, str, str]]:
-    """Name of every module that has weights: (ours, princeton's, torchvision's)."""
-    for ours, theirs in (("feature_encoder", "fnet"), ("context_encoder", "cnet")):
-        for name, princeton, torchvision in encoder_module_names(config):
-            yield f"{ours}.{name}", f"{theirs}.{princeton}", f"{ours}.{torchvision}"
-
-    def update(ours: str, princeton: str, torchvision: str) -> tuple[str, str, str]:
-        return f"update_block.{ours}", f"update_block.{princeton}", f"update_block.{torchvision}"
-
-    for i in range(len(config.motion_corr_widths)):
-        yield update(f"motion_encoder.corr_convs.{i}", f"encoder.convc{i + 1}", f"motion_encoder.convcorr{i + 1}.0")
-    for i in range(len(config.motion_flow_widths)):
-        yield update(f"motion_encoder.flow_convs.{i}", f"encoder.convf{i + 1}", f"motion_encoder.convflow{i + 1}.0")
-    yield update("motion_encoder.fusion", "encoder.conv", "motion_encoder.conv.0")
-    for i in range(len(config.gru_kernels)):
-        number = i + 1 if len(config.gru_kernels) > 1 else ""  # princeton's single GRU has no number
-        for gate, letter in (("update_gate", "z"), ("reset_gate", "r"), ("candidate", "q")):
-            yield update(
-                f"grus.{i}.{gate}", f"gru.conv{letter}{number}", f"recurrent_block.convgru{i + 1}.conv{letter}"
-            )
-    yield update("flow_head.0", "flow_head.conv1", "flow_head.conv1")
-    yield update("flow_head.2", "flow_head.conv2", "flow_head.conv2")
-    if config.convex_upsampling:
-        yield "upsampler.mask_head.0", "update_block.mask.0", "mask_predictor.convrelu.0"
-        yield "upsampler.mask_head.2", "update_block.mask.2", "mask_predictor.conv"
+# Whoever gives such a name means a file. What a file holds never depends on its name.
+WEIGHT_SUFFIXES = {".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors", ".th", ".pkl", ".pickle", ".zip", ".npz"}
 
 
-def encoder_module_names(config: RaftConfig) -> Iterator[tuple[str, str, str]]:
-    """As `module_names`, within one encoder."""
-    yield "stem.conv", "conv1", "convnormrelu.0"
-    yield "stem.norm", "norm1", "convnormrelu.1"
-    for stage in range(3):
-        for block in range(2):
-            ours, theirs = f"stages.{stage}.{block}", f"layer{stage + 1}.{block}"
-            for layer in range(3 if config.encoder_block == "bottleneck" else 2):
-                number = layer + 1
-                yield f"{ours}.layers.{layer}.conv", f"{theirs}.conv{number}", f"{theirs}.convnormrelu{number}.0"
-                yield f"{ours}.layers.{layer}.norm", f"{theirs}.norm{number}", f"{theirs}.convnormrelu{number}.1"
-            yield f"{ours}.shortcut.conv", f"{theirs}.downsample.0", f"{theirs}.downsample.0"
-            yield f"{ours}.shortcut.norm", f"{theirs}.downsample.1", f"{theirs}.downsample.1"
-    yield "projection", "conv2", "conv"
-
-
-def convert_state_dict(state_dict: Mapping[str, Tensor]) -> RaftForOpticalFlow:
-    """The model, large or small, that princeton's or torchvision's weights belong to, with these weights.
+def convert_state_dict(state_dict: Mapping[str, Any]) -> RaftForOpticalFlow:
+    """The model that princeton's, torchvision's or this project's weights belong to, with these weights, in float32.
 
     Args:
-        state_dict: names to tensors; every name may carry the prefix `module.`.
+        state_dict: Names to tensors, or a checkpoint that holds such a dictionary (`{"model": {...}, "epoch": 3}`).
+            Prefixes of modules that wrap the RAFT (`module.`, `model.raft.`) are left off.
 
     Raises:
-        ValueError: Names or shapes do not fit; the message lists them.
+        ValueError: There are no weights of a RAFT, or several, or they are not finite; the message, of at most five
+            lines, says what they look like.
     """
-    weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    is_princeton = any(name.startswith("fnet.") for name in weights)
-    third_conv = "fnet.layer1.0.conv3.weight" if is_princeton else "feature_encoder.layer1.0.convnormrelu3.0.weight"
-    config = RaftConfig.small() if third_conv in weights else RaftConfig()
-    model = RaftForOpticalFlow(config)
-    source_names = {
-        ours: princeton if is_princeton else torchvision for ours, princeton, torchvision in module_names(config)
-    }
-
-    converted, problems = {}, []
-    for name, tensor in model.state_dict().items():
-        module, _, kind = name.rpartition(".")
-        source = f"{source_names[module]}.{kind}"
-        if source not in weights:
-            problems.append(f"{source} is missing")
-        elif weights[source].shape != tensor.shape:
-            expected, received = tuple(tensor.shape), tuple(weights[source].shape)
-            problems.append(f"{source} is {received}, not {expected}")
-            weights.pop(source)
-        else:
-            converted[name] = weights.pop(source)
-    # princeton registers the norm of a shortcut twice: norm3 is downsample.1, the same tensors.
-    problems += [f"{name} is not known" for name in weights if not (is_princeton and ".norm3." in name)]
-    if problems:
-        size = "small" if third_conv in state_dict or f"module.{third_conv}" in state_dict else "large"
-        raise ValueError(f"not the weights of a RAFT model ({size}); these do not fit:\n  " + "\n  ".join(problems))
-
-    model.load_state_dict(converted)
-    return model.eval()
+    return _convert(state_dict, known_layouts(), "the state dict", {})
 
 
-def convert_file(path: str | os.PathLike) -> RaftForOpticalFlow:
-    """Read a `.pth` of princeton or torchvision, never unpickling anything but tensors.
+def convert_file(path: str | os.PathLike[str], **overrides: Any) -> RaftForOpticalFlow:
+    """As `convert_state_dict`, of a file of any suffix, from which no code is run.
+
+    Args:
+        path: A file of `torch.save` or of safetensors.
+        overrides: Fields of `RaftConfig` that win over those of the weights and change no weight.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file holds no weights of RAFT; the message names it.
+        FileNotFoundError, IsADirectoryError, PermissionError: There is no file to read.
+        ValueError: The file holds no weights of a RAFT; the message names it.
     """
+    content = read_weight_file(path)
+    layouts = (*_layout_of_folder(Path(path).parent), *known_layouts())
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as error:  # damaged files raise whatever the unpickler stumbles over
-        raise ValueError(f"{path} cannot be read as a file of weights: {error}") from error
-    # Training scripts, torchvision's too, keep the weights beside the optimizer's state.
-    for key in ("model", "state_dict"):
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state_dict.items()
-    ):
-        raise ValueError(f"{path} holds no state dict (names to tensors)")
-    try:
-        return convert_state_dict(state_dict)
+        return _convert(content, layouts, str(path), overrides)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from None
 
 
-def load_raft(source: str | os.PathLike, **overrides) -> RaftForOpticalFlow:
-    """A model from a folder, a Hub repository or a `.pth` of princeton or torchvision, in float32, in eval mode.
+def load_raft(source: str | os.PathLike[str], **overrides: Any) -> RaftForOpticalFlow:
+    """A model from a folder, a Hub repository or a file of weights, in float32, in eval mode.
 
     Args:
-        source: Folder of `save_pretrained`, repository id, or a file that ends in .pth or .pt.
+        source: What is a file is read as `convert_file` does, whatever its suffix. Else a folder of `save_pretrained`,
+            or a repository id.
         overrides: Fields of `RaftConfig` that win over those of the source and change no weight.
 
     Raises:
-        ValueError: What is there is no RAFT model, or not all of one; the message lists the weights that do not fit.
+        ValueError: What is there is no RAFT model, or not all of one, or its weights are not finite.
         OSError: Nothing is there.
     """
-    if Path(source).suffix in WEIGHT_FILE_SUFFIXES:
-        model = convert_file(source)
-        for name, value in overrides.items():
-            setattr(model.config, name, value)
-        return model
+    if os.path.isfile(source):
+        return convert_file(source, **overrides)
+    if os.path.isdir(source):
+        _check_folder(Path(source))
+    else:
+        _check_repository_id(os.fspath(source))
     try:
         model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
         if model_type != RaftConfig.model_type:
@@ -164,21 +107,116 @@ def load_raft(source: str | os.PathLike, **overrides) -> RaftForOpticalFlow:
     # from_pretrained would go on with random weights in their place.
     problems = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
     if problems:
-        lines = [f"{name.replace('_', ' ')}: {', '.join(sorted(map(str, keys)))}" for name, keys in problems.items()]
+        lines = [f"{name.replace('_', ' ')}: {few(sorted(map(str, keys)))}" for name, keys in problems.items()]
         raise ValueError(f"{source}: not the weights of this RAFT model:\n  " + "\n  ".join(lines))
+    try:
+        _check_finite(model.state_dict())
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     return model
 
 
+def _convert(content: Any, layouts: tuple[Layout, ...], name: str, overrides: Mapping[str, Any]) -> RaftForOpticalFlow:
+    """The model in a checkpoint; `name` is for what is logged."""
+    state_dicts = list(find_state_dicts(content))
+    if not state_dicts:
+        keys = f" of {few([str(key) for key in content])}" if isinstance(content, Mapping) and content else ""
+        raise ValueError(f"holds no state dict (names to tensors): it is a {type(content).__name__}{keys}")
+    fits = [fit for path, tensors in state_dicts for fit in fit_layouts(path, tensors, layouts)]
+    if not any(fit.is_complete for fit in fits):
+        raise ValueError(describe_misfit(state_dicts, fits))
+    fit = choose_fit(fits)
+    _log_choice(fit, fits, name)
+
+    config = copy.deepcopy(fit.layout.config)
+    for field, value in overrides.items():
+        setattr(config, field, value)
+    model = RaftForOpticalFlow(config)
+    initial = model.state_dict()
+    model.load_state_dict({ours: fit.weights.get(theirs, initial[ours]) for ours, theirs in fit.layout.names.items()})
+    _check_finite({fit.layout.names[ours]: tensor for ours, tensor in model.state_dict().items()})
+    return model.eval()
+
+
+def _log_choice(fit: Fit, fits: list[Fit], name: str) -> None:
+    """Say which weights are taken where it is not plain."""
+    others = [other.path or "the top level" for other in fits if other is not fit]
+    parts = [f"its weights under {fit.path!r}" if fit.path else "the weights at its top level"]
+    if others:
+        parts.append(f"not those under {few(others)}")
+    if fit.beside:
+        parts.append(f"leaving out {few(fit.beside)}")
+    if len(parts) > 1 or is_averaged(fit.path) or not is_usual_path(fit.path):
+        logger.warning("%s: taking %s", name, ", ".join(parts))
+
+
+def _layout_of_folder(folder: Path) -> list[Layout]:
+    """Of the model that a folder's config.json describes; none where it describes no RAFT."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return []
+    try:
+        content = PreTrainedConfig.get_config_dict(folder)[0]
+        if content.get("model_type") != RaftConfig.model_type:
+            return []
+        return [make_layout(f"the RAFT of {path}", RaftConfig.from_dict(content))]
+    except (OSError, StrictDataclassError) as error:  # the weights may be of another program, and not need it
+        logger.warning("%s is not used: %s", path, error)
+        return []
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise an error where files of a folder are not what from_pretrained would take them for."""
+    for path in sorted(folder.glob("*.safetensors")):
+        check_weight_file(path)
+    files = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in WEIGHT_SUFFIXES]
+    if files and not (folder / "config.json").is_file():
+        raise OSError(f"{folder} has no config.json: give a file of weights in it itself ({few(files)})")
+
+
+def _check_repository_id(source: str) -> None:
+    """Raise an error where a name means a file or folder, so that the Hub need not be asked for it."""
+    if "://" in source:
+        raise ValueError(f"{source} is a URL: download the file of weights and give its path, or give a repository id")
+    if os.path.exists(source):
+        raise OSError(f"{source} is neither a file nor a folder")
+    if Path(source).suffix.lower() in WEIGHT_SUFFIXES:
+        raise FileNotFoundError(f"no such file: {source}")
+    if os.path.isabs(source) or source.startswith((".", "~")) or "\\" in source or source.count("/") > 1:
+        raise FileNotFoundError(f"no such file or folder: {source}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where weights are not numbers: every flow of theirs would be none, too."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(tensors)} tensors hold NaN or infinity ({few(broken)}): the training that wrote "
+            "them has diverged, or the file is damaged; take an earlier checkpoint"
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Convert weights of princeton-vl/RAFT or torchvision.")
-    parser.add_argument("source", type=Path, help="a .pth; its origin and size are found out from its keys")
+    parser = _Parser(
+        prog="convert_raft_checkpoint",
+        description="Convert weights of princeton-vl/RAFT, torchvision or this project, large or small, whatever "
+        "training program saved them.",
+    )
+    parser.add_argument("source", type=Path, help="a file of torch.save or safetensors, of any suffix")
     parser.add_argument("out_dir", type=Path, help="folder to write, for from_pretrained")
     args = parser.parse_args(argv)
     try:
         model = convert_file(args.source)
+        if args.out_dir.exists() and not args.out_dir.is_dir():  # which transformers would only log
+            raise NotADirectoryError(f"{args.out_dir} is not a folder: name one to write to")
+        save_pretrained_with_pipeline(model, RaftImageProcessor(), args.out_dir)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    save_pretrained_with_pipeline(model, RaftImageProcessor(), args.out_dir)
     size = "small" if model.config.encoder_block == "bottleneck" else "large"
     print(f"{args.out_dir}: RAFT ({size}), {model.num_parameters():,} parameters")
 

@@ -152,7 +152,7 @@ def difference_in_onnxruntime(fixed: FixedUpdates, path: Path) -> float | None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Export a RAFT model to ONNX, for any batch and image size.")
-    parser.add_argument("model", help="a folder of save_pretrained, a repository on the Hub, or a .pth")
+    parser.add_argument("model", help="a folder of save_pretrained, a repository on the Hub, or a file of weights")
     parser.add_argument("output", type=Path, help="the file to write, such as raft.onnx")
     parser.add_argument("--num_flow_updates", type=int, help="updates of the flow (default: the model's)")
     parser.add_argument("--opset", type=int, default=MIN_OPSET, help=f"version of ONNX's operators ({MIN_OPSET})")
