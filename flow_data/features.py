@@ -18,6 +18,7 @@ import pyarrow as pa
 from datasets import Features, Image, Value
 from datasets.features.features import register_feature
 
+from flow_data.file_names import find_path
 from flow_data.flow_io import decode_flow, encode_flow, read_flow
 from flow_data.images import read_rgb
 from flow_data.masks import decode_mask, encode_mask
@@ -206,7 +207,7 @@ class ValidMask:
         data, path = value["bytes"], value["path"]
         if data is None and path is None:  # what other programs may write for null
             return None
-        mask = decode_mask(Path(path).read_bytes() if data is None else data, path or "bytes.png")
+        mask = decode_mask(Path(find_path(path)).read_bytes() if data is None else data, path or "bytes.png")
         return ~mask if self.zero_is_valid else mask
 
     def cast_storage(self, storage: pa.Array) -> pa.StructArray:

@@ -24,6 +24,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from flow_data.file_limits import MAX_FILE_BYTES, MAX_PIXELS, check_size
+from flow_data.file_names import find_path
 from flow_data.hdf5_flow import decode_flo5, encode_flo5
 from flow_data.kitti_png import decode_kitti_png, encode_kitti_png
 from flow_data.numpy_files import decode_npy, decode_npz, encode_npy, encode_npz
@@ -51,7 +52,8 @@ def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """Read a flow file; the suffix says which format it is.
 
     Args:
-        path: ends in one of `FLOW_SUFFIXES`, upper or lower case; `.png` is KITTI's.
+        path: ends in one of `FLOW_SUFFIXES`, upper or lower case; `.png` is KITTI's. Its name may differ from the
+            file's in Unicode normalization.
 
     Returns:
         flow: `(H, W, 2)` float32, pixels; 0 wherever it is unknown.
@@ -63,7 +65,7 @@ def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """
     path = Path(path)
     _check_suffix(path.suffix, str(path))
-    with path.open("rb") as file:
+    with open(find_path(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: expected at most {MAX_FILE_BYTES} bytes of flow, the file holds {size}")

@@ -23,6 +23,7 @@ from datasets import Image
 from kornia_rs.io import decode_image_png_u8
 
 from flow_data.file_limits import MAX_PIXELS
+from flow_data.file_names import find_path
 from flow_data.png_files import PNG_GREY, PNG_RGB, PNG_SIGNATURE, read_png
 
 PPM_HEADER = re.compile(rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s")  # a comment in it, or 16 bits: Pillow knows
@@ -54,7 +55,7 @@ def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarra
     if data is None:
         if path is None:
             raise ValueError(f"{name}: expected 'bytes' or 'path' of an image, received neither")
-        data = Path(path).read_bytes()
+        data = Path(find_path(path)).read_bytes()
     if data.startswith(PNG_SIGNATURE):
         return _decode_png(data, name)
     header = PPM_HEADER.match(data)
