@@ -13,6 +13,8 @@ in pixels, from frame 1 to frame 2, and `valid` is `(H, W)` bool, True where the
 The floating formats keep every float32 of magnitude up to 1e9 bit by bit; NaN, infinities and larger values are
 unknown. A header is believed only after it was compared with the bytes there are, so a damaged file cannot ask for
 memory. `.png`, `.flo5` and `.npz` have checksums, which are compared; in the others a changed value goes unnoticed.
+What other programs add, leave out or damage without touching the data is read: bytes after a PNG's end, no end, wrong
+checksums of its text (`flow_data.png_files`), CRLF, blanks and comments in a PFM header.
 """
 
 import math
@@ -23,7 +25,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from flow_data.file_limits import MAX_FILE_BYTES, MAX_PIXELS, check_size
+from flow_data.file_limits import MAX_FILE_BYTES, MAX_PIXELS, check_pixels, check_size
 from flow_data.file_names import find_path
 from flow_data.hdf5_flow import decode_flo5, encode_flo5
 from flow_data.kitti_png import decode_kitti_png, encode_kitti_png
@@ -45,7 +47,11 @@ MAGIC = {  # what files begin with
     ".npz": b"PK",
 }
 
-PFM_HEADER = re.compile(rb"(P[Ff])\s+([+-]?\d{1,10})\s+([+-]?\d{1,10})\s+([+-]?[0-9.eE+-]{1,20})\s")
+PFM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"  # white space and comments, as in the other formats of Netpbm
+PFM_NUMBERS = (rb"([+-]?\d{1,10})", rb"([+-]?\d{1,10})", rb"([0-9.eE+-]{1,20})(?=\s)")  # width, height, scale
+PFM_HEADER = re.compile(PFM_GAP.join((rb"(P[Ff])", *PFM_NUMBERS)))
+PFM_LINE_END = re.compile(rb"[ \t]*(?:#[^\r\n]*)?\r?\n")
+PFM_COMMENT = re.compile(rb"#[^\r\n]*\r?\n")
 
 
 def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +74,9 @@ def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     with open(find_path(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
-            raise ValueError(f"{path}: expected at most {MAX_FILE_BYTES} bytes of flow, the file holds {size}")
+            raise ValueError(
+                f"{path}: must hold at most {MAX_FILE_BYTES} bytes, those of {MAX_PIXELS} pixels; got {size} bytes"
+            )
         head = file.read(len(MAGIC[path.suffix.lower()]))
         if head != MAGIC[path.suffix.lower()]:
             return decode_flow(head + file.read(100), str(path))  # which says so; the rest may be huge
@@ -149,8 +157,7 @@ def encode_flow(flow: np.ndarray, valid: np.ndarray | None, suffix: str) -> byte
     if flow.dtype.kind != "f":
         raise ValueError(f"expected flow of a floating type, received {flow.dtype}")
     height, width = flow.shape[:2]
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"expected flow of at most {MAX_PIXELS} pixels, received {width} x {height}")
+    check_pixels("flow", width, height)
     if valid is None:
         valid = np.ones((height, width), bool)
     if not isinstance(valid, np.ndarray) or valid.dtype != bool or valid.shape != (height, width):
@@ -222,9 +229,20 @@ def _decode_pfm(data: bytes, name: str) -> np.ndarray:
     if scale == 0 or not math.isfinite(scale):
         raise ValueError(f"{name}: damaged .pfm header: expected a scale other than 0, received {header[4]!r}")
     width, height = int(header[2]), int(header[3])
-    check_size(name, width, height, header.end() + 12 * width * height, len(data))
+    check_pixels(name, width, height)
+    # Data begins after the scale's line, or after lines of comment; where all of the header is on one line, perhaps
+    # after one white space. As bytes of data may look like these, the length of the file decides.
+    line_end = PFM_LINE_END.match(data, header.end())
+    starts = [line_end.end() if line_end else header.end() + 1]
+    while comment := PFM_COMMENT.match(data, starts[-1]):
+        starts.append(comment.end())
+    if b"\n" not in header[0]:
+        starts.append(header.end() + 1)
+    start = len(data) - 12 * width * height
+    start = start if start in starts else starts[0]
+    check_size(name, width, height, start + 12 * width * height, len(data))
     # Only the sign of the scale means something here: every published flow file has magnitude 1.
-    rows = np.frombuffer(data, "<f4" if scale < 0 else ">f4", offset=header.end()).reshape(height, width, 3)
+    rows = np.frombuffer(data, "<f4" if scale < 0 else ">f4", offset=start).reshape(height, width, 3)
     flow = np.empty((height, width, 2), np.float32)
     flow[..., 0], flow[..., 1] = rows[::-1, :, 0], rows[::-1, :, 1]  # several times faster than both at once
     return flow

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from flow_data.file_limits import check_pixels
 from flow_data.images import read_rgb, to_rgb
 from flow_data.pairing import natural_order
 from flow_inference.video_files import VideoReader
@@ -51,7 +52,7 @@ def read_frames(frames: Iterable[Any]) -> Iterator[np.ndarray]:
         frames: Arrays `(H, W, 3)` uint8, PIL images, or paths of pictures.
 
     Raises:
-        ValueError: One is none of these, is damaged, or differs in size from the first.
+        ValueError: One is none of these, is damaged, is too large for a flow file, or differs in size from the first.
         OSError: One cannot be read.
     """
     size: tuple[int, ...] | None = None
@@ -70,7 +71,9 @@ def read_frames(frames: Iterable[Any]) -> Iterator[np.ndarray]:
                 f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
             )
             raise ValueError(f"{name}: expected an array uint8 (H, W, 3), a PIL image or a path; received {received}")
-        size = size or picture.shape
+        if size is None:
+            check_pixels(name, picture.shape[1], picture.shape[0])  # else its flow could not be written
+            size = picture.shape
         if picture.shape != size:
             raise ValueError(
                 f"all frames must have one size; {name} is {picture.shape[1]} x {picture.shape[0]}, the first "
