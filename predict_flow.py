@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(f"predict_flow.py: stopped{seen.kept_in(args.output)}")
     print(f"{args.output}: {seen}")
+    if isinstance(output, FlowFiles) and (loss := output.describe_loss()):
+        print(loss)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

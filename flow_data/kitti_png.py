@@ -10,6 +10,7 @@ import numpy as np
 from flow_data.png_files import PNG_RGB, plain_png, read_png
 
 OFFSET, SCALE = 2**15, 64
+KITTI_LIMITS = (-OFFSET / SCALE, (OFFSET - 1) / SCALE)  # pixels: -512 and 511.984375
 
 
 def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -42,15 +43,15 @@ def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     return flow, blue > 0
 
 
-def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> bytes:
+def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> tuple[bytes, np.ndarray]:
     """Encode flow as the content of a KITTI file, rounded to the nearest 1/64 pixel.
 
     Args:
-        flow: `(H, W, 2)` float32, pixels. What is outside [-512, 512) after rounding is written as unknown.
+        flow: `(H, W, 2)` float32, pixels. What is outside `KITTI_LIMITS` after rounding is written as unknown.
         valid: `(H, W)` bool; flow is finite where it is True.
 
     Returns:
-        The whole file.
+        The whole file, and `(H, W)` bool, True where its flow is known.
     """
     codes = np.rint(np.where(valid[..., None], flow, np.float32(0)) * np.float32(SCALE)) + np.float32(OFFSET)  # exact
     valid = valid & ((codes >= 0) & (codes < 2**16)).all(axis=-1)
@@ -58,4 +59,4 @@ def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> bytes:
     encoded, buffer = cv2.imencode(".png", np.dstack([valid.astype(np.uint16), codes[..., 1], codes[..., 0]]))
     if not encoded:
         raise ValueError(f"OpenCV cannot encode a PNG of {flow.shape[1]} x {flow.shape[0]}")
-    return buffer.tobytes()
+    return buffer.tobytes(), valid

@@ -21,6 +21,7 @@ from flow_data.flow_io import (
     FLOW_SUFFIXES,
     MAX_PIXELS,
     decode_flow,
+    describe_loss,
     encode_flow,
     read_flow,
     write_flow,
@@ -103,6 +104,56 @@ def test_png_rounds_what_it_can_hold_and_the_rest_becomes_unknown(flow):
     known = ((expected >= -512) & (expected <= 512 - 1 / 64)).all(axis=-1)
     np.testing.assert_array_equal(valid, known)
     np.testing.assert_array_equal(decoded, np.where(known[..., None], expected, 0))
+
+
+@given(data=st.data(), suffix=st.sampled_from(FLOW_SUFFIXES))
+def test_the_share_that_a_format_cannot_hold_is_returned(tmp_path_factory, suffix, data):
+    """Counted from the file: pixels that were given as valid and are unknown in it; none left is an error."""
+    elements = st.sampled_from([0, 511.5, 512, -512, -513, 700, 1e9, 1.1e9, np.nan, np.inf])
+    flow = data.draw(fields(elements))
+    valid = data.draw(st.none() | hnp.arrays(bool, flow.shape[:2]))
+    path = tmp_path_factory.mktemp("loss") / f"a{suffix}"
+    wanted = np.ones(flow.shape[:2], bool) if valid is None else valid
+    low, high = (-512, 511.99) if suffix == ".png" else (-1e9, 1e9)
+    held = wanted & ((flow >= low) & (flow <= high)).all(axis=-1)  # NaN is in no range
+    if wanted.any() and not held.any():
+        with pytest.raises(ValueError, match=r"a\.\w+: nothing of this flow"):
+            write_flow(path, flow, valid)
+        assert not list(path.parent.iterdir())
+        return
+    share = write_flow(path, flow, valid)
+    np.testing.assert_array_equal(read_flow(path)[1], held)
+    assert share == pytest.approx(1 - held.sum() / wanted.sum() if wanted.any() else 0)
+
+
+def test_flow_that_its_format_cannot_hold_is_named(tmp_path):
+    path = tmp_path / "a.PNG"
+    path.write_bytes(b"of an earlier run")
+    flow = np.full((5, 7, 2), 1.5, np.float32)
+    flow[..., 1] = np.linspace(-700, -513, 35).reshape(5, 7)
+    with pytest.raises(ValueError) as error:
+        write_flow(path, flow)
+    assert str(error.value) == (
+        f"{path}: nothing of this flow, -700 to 1.5 px, can be written as KITTI PNG (range -512 to 512 px); "
+        "write one of .flo, .pfm, .flo5, .npy, .npz, which hold it"
+    )
+    assert path.read_bytes() == b"of an earlier run" and len(list(tmp_path.iterdir())) == 1
+    for suffix in FLOATING:
+        assert write_flow(tmp_path / f"a{suffix}", flow) == 0
+    flow[:] = np.nan
+    for suffix in FLOW_SUFFIXES:
+        with pytest.raises(ValueError, match="finite and at most 1,000,000,000 px: no format can hold it"):
+            write_flow(tmp_path / f"b{suffix}", flow)
+    assert write_flow(tmp_path / "c.flo", flow, np.zeros((5, 7), bool)) == 0  # nothing was to be written
+
+
+def test_loss_in_words():
+    assert describe_loss(0.1234, ".png") == (
+        "12.3 % of the pixels could not be written as KITTI PNG (range -512 to 512 px)"
+    )
+    assert describe_loss(1e-6, ".FLO").startswith(
+        "less than 0.01 % of the pixels could not be written as .flo (finite"
+    )
 
 
 def test_half_unknown_flow_is_written_as_unknown():
