@@ -17,12 +17,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
 from PIL import Image
 from tqdm.auto import tqdm
 
 from flow_data.features import to_sample
+from flow_data.flow_io import describe_loss
 from flow_data.images import undecoded
 from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
@@ -131,17 +133,21 @@ def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
     share = shares[accelerator.process_index]
     updates = args.num_flow_updates or protocol.num_flow_updates
     used = {"num_flow_updates": updates, "dtype": DTYPES[accelerator.mixed_precision]}
+    clipped = []  # shares of the pixels of each pair
     with (
         accelerator.autocast(),
         tqdm(total=sum(map(len, share)), desc="predicting", disable=not accelerator.is_main_process) as bar,
     ):
         predictions = predict_rows(model, dataset, share, read_frames, updates, protocol.padding, args.warm_start)
         for prediction in predictions:
-            write_result(paths[prediction.position], prediction.flow, submission)
+            clipped.append(write_result(paths[prediction.position], prediction.flow, submission))
             bar.update()
     accelerator.wait_for_everyone()
+    clipped_sum = accelerator.reduce(torch.tensor(float(sum(clipped)), device=accelerator.device)).item()
     if accelerator.is_main_process:
         print(f"{args.dataset} {split}: {len(paths)} files in {args.submission}, {describe(args, used)}")
+        if clipped_sum:
+            print(f"  warning: {describe_loss(clipped_sum / len(paths), paths[0].suffix)} and were clipped to it")
         faults = find_missing(args.dataset, split, args.submission, list(dataset["id"]))
         for fault in faults:
             print(f"  incomplete: {fault}")

@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"intensities {low:g} to {high:g} of the frames were mapped to 0 to 255 (--intensity_range LO HI)")
     if 0 < seen.shortest_side < SMALL_SIDE and args.min_side is None:
         print(f"frames below {SMALL_SIDE} px have mostly better flow with --min_side 256")
+    if isinstance(output, FlowFiles) and (loss := output.describe_loss()):
+        print(loss)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

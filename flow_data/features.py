@@ -18,7 +18,8 @@ import pyarrow as pa
 from datasets import Features, Image, Value
 from datasets.features.features import register_feature
 
-from flow_data.flow_io import decode_flow, encode_flow, read_flow
+from flow_data.file_names import find_path
+from flow_data.flow_io import decode_flow, describe_loss, encode_flow, encode_with_loss, read_flow
 from flow_data.images import read_rgb
 from flow_data.masks import decode_mask, encode_mask
 
@@ -52,10 +53,11 @@ class OpticalFlow:
                 `(H, W, 2)` float32 pixels and `(H, W)` bool or None.
 
         Returns:
-            `{"bytes", "path"}`; arrays become the bytes of a `.flo` file.
+            `{"bytes", "path"}`; arrays become the bytes of a `.flo` file. Flow that is not finite is unknown; where
+            `valid` says otherwise, a warning says how much of it.
 
         Raises:
-            ValueError: none of these, or arrays of wrong shape or type.
+            ValueError: none of these, arrays of wrong shape or type, or flow that is finite in no valid pixel.
         """
         if isinstance(value, str):
             return {"bytes": None, "path": value}
@@ -136,7 +138,12 @@ class OpticalFlow:
             flow = flow.repeat(self.stride, 0).repeat(self.stride, 1)
         if self.stride > 1 and isinstance(valid, np.ndarray):
             valid = valid.repeat(self.stride, 0).repeat(self.stride, 1)
-        return encode_flow(flow, valid, ".flo")
+        if valid is None:
+            return encode_flow(flow, None, ".flo")
+        data, lost = encode_with_loss(flow, valid, ".flo")
+        if lost:
+            warnings.warn(f"{describe_loss(lost, '.flo')}: they are stored as unknown", stacklevel=2)
+        return data
 
     def _encode_lists(self, flow: list, valid: list | None = None) -> dict[str, Any]:
         mask = None if valid is None else np.array(valid, bool)
@@ -206,7 +213,7 @@ class ValidMask:
         data, path = value["bytes"], value["path"]
         if data is None and path is None:  # what other programs may write for null
             return None
-        mask = decode_mask(Path(path).read_bytes() if data is None else data, path or "bytes.png")
+        mask = decode_mask(Path(find_path(path)).read_bytes() if data is None else data, path or "bytes.png")
         return ~mask if self.zero_is_valid else mask
 
     def cast_storage(self, storage: pa.Array) -> pa.StructArray:

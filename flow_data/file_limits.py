@@ -1,11 +1,30 @@
-"""What flow and mask files may ask for: sizes are believed only after they were compared with the bytes there are."""
+"""How large images, flow and masks may be, and headers that are compared with the bytes that there are.
+
+One limit holds for frames of every format, flow and masks, so that the flow of any frame that can be read can be
+written. It is Pillow's own: twice its `MAX_IMAGE_PIXELS`, beyond which it refuses an image as a decompression bomb.
+"""
 
 import zlib
 
-MAX_PIXELS = 2**26  # twice an 8K frame; only a damaged header asks for more
+MAX_PIXELS = 178_956_970  # 13,377 x 13,377; flow of that size takes 1.4 GB
 MAX_FILE_BYTES = MAX_PIXELS * 17 + 2**16  # the widest pixel is two float64 and a bool, in an uncompressed .npz
 
 DEFLATE_MAX_RATIO = 1032  # zlib cannot expand a byte into more
+
+
+def check_pixels(name: str, width: int, height: int) -> None:
+    """Refuse a size before anything of that size is read, allocated or computed.
+
+    Args:
+        name: begins the message of the error.
+        width: pixels.
+        height: pixels.
+
+    Raises:
+        ValueError: no size of 1 to `MAX_PIXELS` pixels.
+    """
+    if width <= 0 or height <= 0 or width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: size must be 1 to at most {MAX_PIXELS} pixels; got {width} x {height}")
 
 
 def check_size(name: str, width: int, height: int, expected: int, received: int) -> None:
@@ -21,8 +40,7 @@ def check_size(name: str, width: int, height: int, expected: int, received: int)
     Raises:
         ValueError: no size of 1 to `MAX_PIXELS` pixels, or a file that is truncated or too long for it.
     """
-    if width <= 0 or height <= 0 or width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: expected a size of 1 to {MAX_PIXELS} pixels, the header says {width} x {height}")
+    check_pixels(name, width, height)
     if received < expected:
         raise ValueError(f"{name}: truncated: {width} x {height} needs {expected} bytes, the file holds {received}")
     if received > expected:

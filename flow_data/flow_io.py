@@ -13,6 +13,9 @@ in pixels, from frame 1 to frame 2, and `valid` is `(H, W)` bool, True where the
 The floating formats keep every float32 of magnitude up to 1e9 bit by bit; NaN, infinities and larger values are
 unknown. A header is believed only after it was compared with the bytes there are, so a damaged file cannot ask for
 memory. `.png`, `.flo5` and `.npz` have checksums, which are compared; in the others a changed value goes unnoticed.
+What other programs add, leave out or damage without touching the data is read: bytes after a PNG's end, no end, wrong
+checksums of its text (`flow_data.png_files`), CRLF, blanks and comments in a PFM header. Flow that a format cannot
+hold is written as unknown, and its share reported.
 """
 
 import math
@@ -23,9 +26,10 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from flow_data.file_limits import MAX_FILE_BYTES, MAX_PIXELS, check_size
+from flow_data.file_limits import MAX_FILE_BYTES, MAX_PIXELS, check_pixels, check_size
+from flow_data.file_names import find_path
 from flow_data.hdf5_flow import decode_flo5, encode_flo5
-from flow_data.kitti_png import decode_kitti_png, encode_kitti_png
+from flow_data.kitti_png import KITTI_LIMITS, decode_kitti_png, encode_kitti_png
 from flow_data.numpy_files import decode_npy, decode_npz, encode_npy, encode_npz
 from flow_data.whole_files import whole_file
 
@@ -44,14 +48,19 @@ MAGIC = {  # what files begin with
     ".npz": b"PK",
 }
 
-PFM_HEADER = re.compile(rb"(P[Ff])\s+([+-]?\d{1,10})\s+([+-]?\d{1,10})\s+([+-]?[0-9.eE+-]{1,20})\s")
+PFM_GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"  # white space and comments, as in the other formats of Netpbm
+PFM_NUMBERS = (rb"([+-]?\d{1,10})", rb"([+-]?\d{1,10})", rb"([0-9.eE+-]{1,20})(?=\s)")  # width, height, scale
+PFM_HEADER = re.compile(PFM_GAP.join((rb"(P[Ff])", *PFM_NUMBERS)))
+PFM_LINE_END = re.compile(rb"[ \t]*(?:#[^\r\n]*)?\r?\n")
+PFM_COMMENT = re.compile(rb"#[^\r\n]*\r?\n")
 
 
 def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """Read a flow file; the suffix says which format it is.
 
     Args:
-        path: ends in one of `FLOW_SUFFIXES`, upper or lower case; `.png` is KITTI's.
+        path: ends in one of `FLOW_SUFFIXES`, upper or lower case; `.png` is KITTI's. Its name may differ from the
+            file's in Unicode normalization.
 
     Returns:
         flow: `(H, W, 2)` float32, pixels; 0 wherever it is unknown.
@@ -63,17 +72,19 @@ def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """
     path = Path(path)
     _check_suffix(path.suffix, str(path))
-    with path.open("rb") as file:
+    with open(find_path(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_FILE_BYTES:
-            raise ValueError(f"{path}: expected at most {MAX_FILE_BYTES} bytes of flow, the file holds {size}")
+            raise ValueError(
+                f"{path}: must hold at most {MAX_FILE_BYTES} bytes, those of {MAX_PIXELS} pixels; got {size} bytes"
+            )
         head = file.read(len(MAGIC[path.suffix.lower()]))
         if head != MAGIC[path.suffix.lower()]:
             return decode_flow(head + file.read(100), str(path))  # which says so; the rest may be huge
         return decode_flow(head + file.read(), str(path))
 
 
-def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray | None = None) -> None:
+def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray | None = None) -> float:
     """Write a flow file; the suffix says which format. The file is either complete or not there.
 
     Args:
@@ -82,14 +93,51 @@ def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray
         valid: `(H, W)` bool; all True if None. Flow that the format cannot hold (not finite, |value| > 1e9, outside
             [-512, 512) in `.png`) is written as unknown either way.
 
+    Returns:
+        Share of the valid pixels, 0 to 1, whose flow the format cannot hold; `describe_loss` says it to users.
+
     Raises:
-        ValueError: unknown suffix, wrong shape or type.
+        ValueError: unknown suffix, wrong shape or type, or a format that holds the flow of no valid pixel at all.
         OSError: the file cannot be written.
     """
     path = Path(path)
-    data = encode_flow(flow, valid, path.suffix)
+    data, lost = encode_with_loss(flow, valid, path.suffix, str(path))
     with whole_file(path) as partial:
         partial.write_bytes(data)
+    return lost
+
+
+def describe_loss(share: float, suffix: str) -> str:
+    """Say which share of the pixels a format could not hold, in one sentence without a full stop.
+
+    Args:
+        share: 0 to 1, as `write_flow` returns it.
+        suffix: of the files, one of `FLOW_SUFFIXES`.
+    """
+    percent = f"{100 * share:.3g} %" if share >= 1e-4 else "less than 0.01 %"
+    return f"{percent} of the pixels could not be written as {_range_of(_check_suffix(suffix, suffix))}"
+
+
+def encode_with_loss(
+    flow: np.ndarray, valid: np.ndarray | None, suffix: str, name: str = "flow"
+) -> tuple[bytes, float]:
+    """Encode flow as `encode_flow` does, and count what the format cannot hold.
+
+    Args:
+        flow: as of `encode_flow`, as are the next two.
+        name: begins the message where nothing can be held.
+
+    Returns:
+        The bytes, and the share of the valid pixels, 0 to 1, that they do not hold.
+
+    Raises:
+        ValueError: as `encode_flow`; besides, where there are valid pixels and the format holds none of them.
+    """
+    data, written = _encode(flow, valid, suffix)
+    wanted, kept = written.size if valid is None else np.count_nonzero(valid), np.count_nonzero(written)
+    if wanted and not kept:
+        raise ValueError(f"{name}: {_explain_loss(flow, valid, suffix.lower())}")
+    return data, (wanted - kept) / wanted if wanted else 0.0
 
 
 def decode_flow(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -136,19 +184,23 @@ def encode_flow(flow: np.ndarray, valid: np.ndarray | None, suffix: str) -> byte
         suffix: one of `FLOW_SUFFIXES`, upper or lower case.
 
     Returns:
-        The bytes `write_flow` would write.
+        The bytes `write_flow` would write. Flow that the format cannot hold is unknown there, all of it if need be.
 
     Raises:
         ValueError: unknown suffix, wrong shape or type.
     """
+    return _encode(flow, valid, suffix)[0]
+
+
+def _encode(flow: np.ndarray, valid: np.ndarray | None, suffix: str) -> tuple[bytes, np.ndarray]:
+    """As `encode_flow`; besides `(H, W)` bool, True where the flow is known in the file."""
     suffix = _check_suffix(suffix, suffix or "''")
     if not isinstance(flow, np.ndarray) or flow.ndim != 3 or flow.shape[2] != 2 or 0 in flow.shape:
         raise ValueError(f"expected flow of shape (H, W, 2), received {getattr(flow, 'shape', type(flow).__name__)}")
     if flow.dtype.kind != "f":
         raise ValueError(f"expected flow of a floating type, received {flow.dtype}")
     height, width = flow.shape[:2]
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"expected flow of at most {MAX_PIXELS} pixels, received {width} x {height}")
+    check_pixels("flow", width, height)
     if valid is None:
         valid = np.ones((height, width), bool)
     if not isinstance(valid, np.ndarray) or valid.dtype != bool or valid.shape != (height, width):
@@ -163,18 +215,38 @@ def encode_flow(flow: np.ndarray, valid: np.ndarray | None, suffix: str) -> byte
     _replace_unknown(flow, valid, FLO_UNKNOWN if suffix == ".flo" else np.nan)
     flow = flow.astype("<f4", copy=False)
     if suffix == ".flo":
-        return FLO_MAGIC + struct.pack("<ii", width, height) + flow.tobytes()
-    if suffix == ".pfm":
-        return _encode_pfm(flow)
-    if suffix == ".flo5":
-        return encode_flo5(flow)
-    return encode_npy(flow) if suffix == ".npy" else encode_npz(flow, valid)
+        data = FLO_MAGIC + struct.pack("<ii", width, height) + flow.tobytes()
+    elif suffix == ".pfm":
+        data = _encode_pfm(flow)
+    elif suffix == ".flo5":
+        data = encode_flo5(flow)
+    else:
+        data = encode_npy(flow) if suffix == ".npy" else encode_npz(flow, valid)
+    return data, valid
 
 
 def _check_suffix(suffix: str, name: str) -> str:
     if suffix.lower() not in FLOW_SUFFIXES:
         raise ValueError(f"{name}: expected a flow file ending in {', '.join(FLOW_SUFFIXES)}, received '{suffix}'")
     return suffix.lower()
+
+
+def _range_of(suffix: str) -> str:
+    if suffix == ".png":
+        return f"KITTI PNG (range {KITTI_LIMITS[0]:.0f} to {KITTI_LIMITS[1]:.0f} px)"
+    return f"{suffix} (finite values up to {MAX_KNOWN:,.0f} px)"
+
+
+def _explain_loss(flow: np.ndarray, valid: np.ndarray | None, suffix: str) -> str:
+    """Why a format holds no vector of a flow, and which formats do."""
+    vectors = flow[_known(flow) if valid is None else valid & _known(flow)]
+    if not len(vectors):
+        return f"nothing of this flow is finite and at most {MAX_KNOWN:,.0f} px: no format can hold it"
+    others = ", ".join(other for other in FLOW_SUFFIXES if other != suffix)
+    return (
+        f"nothing of this flow, {vectors.min():.6g} to {vectors.max():.6g} px, can be written as {_range_of(suffix)}; "
+        f"write one of {others}, which hold it"
+    )
 
 
 def _known(flow: np.ndarray) -> np.ndarray:
@@ -220,9 +292,20 @@ def _decode_pfm(data: bytes, name: str) -> np.ndarray:
     if scale == 0 or not math.isfinite(scale):
         raise ValueError(f"{name}: damaged .pfm header: expected a scale other than 0, received {header[4]!r}")
     width, height = int(header[2]), int(header[3])
-    check_size(name, width, height, header.end() + 12 * width * height, len(data))
+    check_pixels(name, width, height)
+    # Data begins after the scale's line, or after lines of comment; where all of the header is on one line, perhaps
+    # after one white space. As bytes of data may look like these, the length of the file decides.
+    line_end = PFM_LINE_END.match(data, header.end())
+    starts = [line_end.end() if line_end else header.end() + 1]
+    while comment := PFM_COMMENT.match(data, starts[-1]):
+        starts.append(comment.end())
+    if b"\n" not in header[0]:
+        starts.append(header.end() + 1)
+    start = len(data) - 12 * width * height
+    start = start if start in starts else starts[0]
+    check_size(name, width, height, start + 12 * width * height, len(data))
     # Only the sign of the scale means something here: every published flow file has magnitude 1.
-    rows = np.frombuffer(data, "<f4" if scale < 0 else ">f4", offset=header.end()).reshape(height, width, 3)
+    rows = np.frombuffer(data, "<f4" if scale < 0 else ">f4", offset=start).reshape(height, width, 3)
     flow = np.empty((height, width, 2), np.float32)
     flow[..., 0], flow[..., 1] = rows[::-1, :, 0], rows[::-1, :, 1]  # several times faster than both at once
     return flow

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from flow_data.file_limits import DEFLATE_MAX_RATIO, MAX_PIXELS, check_size, inflate
+from flow_data.file_limits import DEFLATE_MAX_RATIO, MAX_PIXELS, check_pixels, check_size, inflate
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUPERBLOCK_FIELDS = {0: (13, 24, 40), 1: (13, 28, 44), 2: (9, 12, 28), 3: (9, 12, 28)}  # see _check_superblock
@@ -112,8 +112,7 @@ def _locate(file: h5py.File) -> _Storage:
     shape, properties = dataset.shape, dataset.get_create_plist()
     if not dtypes or shape is None or len(shape) != 3 or shape[2] != 2:
         raise ValueError(f"expected little-endian float32 or float64 (H, W, 2), received {dataset.dtype} {shape}")
-    if not 0 < shape[0] * shape[1] <= MAX_PIXELS:
-        raise ValueError(f"expected a size of 1 to {MAX_PIXELS} pixels, received {shape[1]} x {shape[0]}")
+    check_pixels("flow", shape[1], shape[0])
     limits = dataset.get_space().get_simple_extent_dims(True)
     if any(limit not in (side, h5py.h5s.UNLIMITED) for side, limit in zip(shape, limits, strict=True)):
         raise ValueError(f"damaged or unfinished: its shape {shape} may grow to {limits}")

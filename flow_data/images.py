@@ -5,13 +5,15 @@ then: Pillow fills up a PNG whose pixel data ends early, torchvision may crash t
 turns pictures as EXIF says. So the checksums of a PNG's chunks are compared here, before any decoder sees them, and
 only then are its pixels decoded: RGB by kornia-rs, which takes 0.4 of OpenCV's time (most of what a training sample
 costs), and the rest by OpenCV. The former does not compare zlib's own checksum of the pixels: it would not notice that
-a file was written wrong, with right checksums around wrong data. Binary PPM is little but a header. All else, JPEG
-too, is Pillow's.
+a file was written wrong, with right checksums around wrong data. A PNG that is damaged where it holds no pixels is
+decoded after zlib's checksum has proved the pixels complete (`flow_data.png_files`). Binary PPM is little but a
+header. All else, JPEG too, is Pillow's.
 """
 
 import contextlib
 import io
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ import PIL.Image
 from datasets import Image
 from kornia_rs.io import decode_image_png_u8
 
-from flow_data.file_limits import MAX_PIXELS
-from flow_data.png_files import PNG_GREY, PNG_RGB, PNG_SIGNATURE, read_png
+from flow_data.file_limits import MAX_PIXELS, check_pixels
+from flow_data.file_names import find_path
+from flow_data.png_files import PNG_GREY, PNG_RGB, PNG_SIGNATURE, plain_png, read_png
 
 PPM_HEADER = re.compile(rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s")  # a comment in it, or 16 bits: Pillow knows
 
@@ -54,21 +57,27 @@ def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarra
     if data is None:
         if path is None:
             raise ValueError(f"{name}: expected 'bytes' or 'path' of an image, received neither")
-        data = Path(path).read_bytes()
+        data = Path(find_path(path)).read_bytes()
     if data.startswith(PNG_SIGNATURE):
         return _decode_png(data, name)
     header = PPM_HEADER.match(data)
     if header is not None:
         width, height = int(header[1]), int(header[2])
-        if 0 < height * width * 3 == len(data) - header.end():
+        check_pixels(name, width, height)
+        if height * width * 3 == len(data) - header.end():
             pixels = np.frombuffer(data, np.uint8, offset=header.end())
             return pixels.reshape(height, width, 3).copy()  # a view of bytes would be read-only
     try:
-        image = PIL.Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():  # Pillow warns from half of its limit on
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            image = PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"{name}: no image, or of a format that Pillow does not know") from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: size must be 1 to at most {MAX_PIXELS} pixels; Pillow says: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: damaged or unknown image: {error}") from error
+    check_pixels(name, *image.size)  # Pillow's own limit may be switched off
     with image:
         return to_rgb(image, name)
 
@@ -104,12 +113,14 @@ def undecoded(dataset: Any) -> Any:
 
 
 def _decode_png(data: bytes, name: str) -> np.ndarray:
-    header, _ = read_png(data, name)
+    png = read_png(data, name)
+    header = png.header
     height, width = header.height, header.width
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"{name}: expected a size of 1 to {MAX_PIXELS} pixels, the header says {width} x {height}")
+    check_pixels(name, width, height)
     if header.depth > 8 or (header.depth, header.colour) == (1, PNG_GREY):  # the latter is a mask, Pillow's mode "1"
         raise ValueError(f"{name}: expected an 8-bit RGB or grey image, received a {header}")
+    if not png.intact:
+        data = plain_png(png, name)
     if header.colour == PNG_RGB:
         with contextlib.suppress(Exception):  # it knows neither interlacing nor EXIF; OpenCV has the last word
             return decode_image_png_u8(data, (height, width), "rgb")

@@ -10,6 +10,7 @@ import numpy as np
 from flow_data.png_files import PNG_RGB, plain_png, read_png
 
 OFFSET, SCALE = 2**15, 64
+KITTI_LIMITS = (-OFFSET / SCALE, (OFFSET - 1) / SCALE)  # pixels: -512 and 511.984375
 
 
 def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -23,13 +24,15 @@ def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
         `(H, W, 2)` float32 flow in pixels, and `(H, W)` bool, True where it is known.
 
     Raises:
-        ValueError: damaged, truncated, too long, or another kind of PNG.
+        ValueError: damaged, truncated, or another kind of PNG.
     """
-    header, compressed = read_png(data, name)
+    png = read_png(data, name)
+    header = png.header
     if (header.depth, header.colour) != (16, PNG_RGB):
         raise ValueError(f"{name}: not a flow: expected a 16-bit RGB PNG, received a {header}")
-    png = plain_png(header, compressed, name)
-    codes = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    if header.interlace:
+        raise ValueError(f"{name}: not a flow: expected a PNG without interlacing, received an interlaced one")
+    codes = cv2.imdecode(np.frombuffer(plain_png(png, name), np.uint8), cv2.IMREAD_UNCHANGED)
     if codes is None or codes.dtype != np.uint16 or codes.shape != (header.height, header.width, 3):
         received = None if codes is None else f"{codes.dtype} {codes.shape}"
         raise ValueError(f"{name}: damaged PNG: expected uint16 (H, W, 3), decoded {received}")
@@ -40,20 +43,20 @@ def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     return flow, blue > 0
 
 
-def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> bytes:
+def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> tuple[bytes, np.ndarray]:
     """Encode flow as the content of a KITTI file, rounded to the nearest 1/64 pixel.
 
     Args:
-        flow: `(H, W, 2)` floating, pixels. What is outside [-512, 512) after rounding is written as unknown.
+        flow: `(H, W, 2)` float32, pixels. What is outside `KITTI_LIMITS` after rounding is written as unknown.
         valid: `(H, W)` bool; flow is finite where it is True.
 
     Returns:
-        The whole file.
+        The whole file, and `(H, W)` bool, True where its flow is known.
     """
-    codes = np.rint(np.where(valid[..., None], flow, 0).astype(np.float64) * SCALE + OFFSET)
+    codes = np.rint(np.where(valid[..., None], flow, np.float32(0)) * np.float32(SCALE)) + np.float32(OFFSET)  # exact
     valid = valid & ((codes >= 0) & (codes < 2**16)).all(axis=-1)
     codes = np.where(valid[..., None], codes, 0).astype(np.uint16)  # KITTI's own files: 0 in all three channels
     encoded, buffer = cv2.imencode(".png", np.dstack([valid.astype(np.uint16), codes[..., 1], codes[..., 0]]))
     if not encoded:
         raise ValueError(f"OpenCV cannot encode a PNG of {flow.shape[1]} x {flow.shape[0]}")
-    return buffer.tobytes()
+    return buffer.tobytes(), valid

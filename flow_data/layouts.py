@@ -79,7 +79,7 @@ def flying_things(
     flow_root, frame_root = f"{absolute(root)}/optical_flow", f"{absolute(root)}/frames_{folder}"
 
     def below(path: str) -> set[str]:
-        return listing(f"{flow_root}/{path}") | listing(f"{frame_root}/{path}")
+        return listing(f"{flow_root}/{path}", f"{frame_root}/{path}")
 
     names = [f"{part}/{letter}" for part in parts for letter in below(part)]
     sequences = [f"{name}/{number}" for name in names for number in below(name)]
@@ -117,7 +117,7 @@ def sintel(root: str | os.PathLike[str], split: str, render_pass: str = "clean")
     frame_root, flow_root = f"{base}/{render_pass}", f"{base}/flow"
     pairs: list[Pair] = []
     masks: dict[str, dict[str, str]] = {"occlusion": {}, "invalid": {}}
-    for scene in listing(frame_root) | (listing(flow_root) if truth else set()):
+    for scene in listing(frame_root, *([flow_root] if truth else [])):
         frames = files(f"{frame_root}/{scene}", r"frame_(\d+)\.png")
         flows = files(f"{flow_root}/{scene}", r"frame_(\d+)\.flo") if truth else None
         pairs += consecutive_pairs(f"{scene}/frame_", frames, flows)
@@ -208,7 +208,7 @@ def middlebury(root: str | os.PathLike[str], split: str) -> Dataset:
     choose("middlebury", "split", split, {"training": None, "all": None})
     flow_root, frame_root = f"{absolute(root)}/other-gt-flow", f"{absolute(root)}/other-data"
     pairs: list[Pair] = []
-    for scene in listing(flow_root) | listing(frame_root):
+    for scene in listing(flow_root, frame_root):
         frames = files(f"{frame_root}/{scene}", r"frame(10|11)\.png")
         flow = files(f"{flow_root}/{scene}", r"flow(10)\.flo").get("10")
         if flow or scene not in MIDDLEBURY_WITHOUT_TRUTH:

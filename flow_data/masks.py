@@ -31,11 +31,14 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
         if values.ndim != 2:
             raise ValueError(f"{name}: not a mask: expected shape (H, W), received {values.shape}")
         return values != 0
-    header, compressed = read_png(data, name)
+    png = read_png(data, name)
+    header = png.header
     if header.colour not in (PNG_GREY, PNG_PALETTE):
         raise ValueError(f"{name}: not a mask: expected a grey PNG, received a {header}")
-    png = plain_png(header._replace(colour=PNG_GREY), compressed, name)
-    pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+    if header.interlace:
+        raise ValueError(f"{name}: not a mask: expected a PNG without interlacing, received an interlaced one")
+    indices = png._replace(header=header._replace(colour=PNG_GREY), palette=b"")
+    pixels = cv2.imdecode(np.frombuffer(plain_png(indices, name), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.shape != (header.height, header.width):
         raise ValueError(f"{name}: damaged PNG: expected a {header} of {header.width} x {header.height}")
     return pixels != 0

@@ -6,7 +6,8 @@
 - `id`, optional: by default the stem of the flow's file name, else of the first frame's; where stems repeat, the path
   without suffix.
 
-Paths are relative to the table's own folder, or absolute. Other columns are no matter.
+Paths are relative to the table's own folder, or absolute, and may differ in Unicode normalization from those on the
+disk. Other columns are no matter.
 """
 
 import csv
@@ -16,10 +17,11 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flow_data.file_names import find_name, find_path, index_names
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.pairing import Pair, first_few
 
@@ -44,12 +46,12 @@ def read_table(path: str) -> list[Pair]:
         ValueError: no line can be used, or the file is no such table.
     """
     folder = os.path.dirname(path)
-    list_once = functools.cache(_files_in)
+    find_folder, list_once = functools.cache(find_path), functools.cache(_files_in)
     read: dict[int, Pair] = {}
     faults: dict[int, str] = {}
     for line, cells in _lines(path):
         try:
-            read[line] = _read_line(cells, folder, list_once)
+            read[line] = _read_line(cells, folder, find_folder, list_once)
         except ValueError as error:
             faults[line] = str(error)
     if any(pair.flow for pair in read.values()):
@@ -83,21 +85,30 @@ def read_table(path: str) -> list[Pair]:
     return list(records.values())
 
 
-def _files_in(folder: str) -> set[str]:
-    """Names in a folder but for those of folders; none if there is no such folder."""
+def _files_in(folder: str) -> dict[str, str]:
+    """An index (`flow_data.file_names`) of the files in a folder; empty if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if not entry.is_dir()}
+            return index_names(entry.name for entry in entries if not entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
-        return set()
+        return {}
 
 
 def _stem(pair: Pair) -> str:
     return os.path.splitext(os.path.basename(pair.flow or str(pair.image1)))[0]
 
 
-def _read_line(cells: Cells, folder: str, list_once: Any) -> Pair:
-    """One line's pair, its id "" where the table gives none; ValueError says what is wrong with the line."""
+def _read_line(
+    cells: Cells, folder: str, find_folder: Callable[[str], str], list_once: Callable[[str], Mapping[str, str]]
+) -> Pair:
+    """One line's pair, its id "" where the table gives none; ValueError says what is wrong with the line.
+
+    Args:
+        cells: of the line.
+        folder: that relative paths begin at.
+        find_folder: `find_path`, which is asked for the same folders again and again.
+        list_once: `_files_in`, likewise.
+    """
     if None in cells:
         raise ValueError(cells[None] if isinstance(cells[None], str) else "more cells than columns")
     paths: dict[str, str | None] = {}
@@ -109,11 +120,15 @@ def _read_line(cells: Cells, folder: str, list_once: Any) -> Pair:
         if not name and column.startswith("image"):
             raise ValueError(f"no {column}")
         path = os.path.abspath(os.path.join(folder, os.path.expanduser(name)))
-        try:
-            if name and os.path.basename(path) not in list_once(os.path.dirname(path)):
+        if name:
+            parent = find_folder(os.path.dirname(path))
+            try:
+                found = find_name(os.path.basename(path), list_once(parent))
+            except OSError as error:  # a folder that may not be read, a name that is too long
+                raise ValueError(f"{error.strerror}: {name}") from error
+            if found is None:
                 raise ValueError(f"no such file: {name}")
-        except OSError as error:  # a folder that may not be read, a name that is too long
-            raise ValueError(f"{error.strerror}: {name}") from error
+            path = os.path.join(parent, found)
         for kind, suffixes in (("flow", FLOW_SUFFIXES), ("valid", MASK_SUFFIXES)):
             if name and column == kind and not name.lower().endswith(suffixes):
                 raise ValueError(f"{kind} does not end in {', '.join(suffixes)}: {name}")

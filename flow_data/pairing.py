@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 from datasets import Dataset, Features
 
 from flow_data.features import FLOW_FEATURES
+from flow_data.file_names import find_name, find_path, index_names
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +38,33 @@ def choose(source: str, what: str, choice: str, choices: Mapping[str, Choice]) -
 
 
 def absolute(root: str | os.PathLike[str]) -> str:
-    """Records outlive a change of the working directory."""
-    return os.path.abspath(os.path.expanduser(root))
+    """The absolute path of a file or folder, as the disk has it: records outlive a change of the working directory."""
+    return find_path(os.path.abspath(os.path.expanduser(root)))
 
 
-def listing(folder: str) -> set[str]:
-    """Names in a folder; none if there is no such folder."""
-    try:
-        return set(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+def listing(*folders: str) -> set[str]:
+    """Names in any of some folders; none of a folder that does not exist.
+
+    Of names in different folders that differ in Unicode normalization only, the first folder's is given.
+    """
+    names: set[str] = set()
+    for folder in folders:
+        try:
+            found = os.listdir(find_path(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if not names:
+            names = set(found)
+            continue
+        index, known = index_names(names), set(found)
+        matches = {name: find_name(name, index) for name in known}
+        names |= {name if match is None or match in known else match for name, match in matches.items()}
+    return names
 
 
 def files(folder: str, *patterns: str) -> dict[str, str]:
     """The files of a folder whose whole name is one of the patterns: its group -> path. Later patterns win."""
+    folder = find_path(folder)
     names = listing(folder)
     matches = (map(re.compile(pattern, re.ASCII).fullmatch, names) for pattern in patterns)
     return {match[1]: f"{folder}/{match[0]}" for found in matches for match in found if match}

@@ -14,11 +14,13 @@ Flow in a `.png` is KITTI's format: ground truth at some pixels, which is augmen
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 
 import PIL.Image
 from datasets import Dataset
 
+from flow_data.file_names import normalize
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.pair_tables import MASK_SUFFIXES, TABLE_SUFFIXES, read_table
 from flow_data.pairing import Pair, absolute, choose, first_few, listing, to_dataset
@@ -72,6 +74,7 @@ def _of_folder(path: str, sub_folders: bool) -> Dataset:
     else:
         endings = {"image1": "_img1", "image2": "_img2", "flow": "_flow", "valid": "_valid"}
         found = {kind: _by_stem(path, endings[kind], suffixes) for kind, suffixes in kinds.items()}
+    _unify_stems(found)
     for mask in found["valid"].values():
         if not mask.lower().endswith(MASK_SUFFIXES):  # better than to train on what it masks
             raise ValueError(f"pairs: expected a mask ending in {', '.join(MASK_SUFFIXES)}, received {mask}")
@@ -81,6 +84,23 @@ def _of_folder(path: str, sub_folders: bool) -> Dataset:
     records = [Pair(stem, *(found[kind].get(stem) for kind in kinds)) for stem in stem_set]
     truth = bool(found["flow"]) or (sub_folders and os.path.isdir(f"{path}/flow"))
     return to_dataset("pairs", records, path, LAYOUT, truth=truth)
+
+
+def _unify_stems(found: Mapping[str, dict[str, str]]) -> None:
+    """Give the stems of a pair one form where they differ in Unicode normalization only.
+
+    Args:
+        found: kind -> stem -> path, which is changed. Two such stems of one kind are two pairs, and left alone.
+    """
+    forms = defaultdict(set)
+    for of_kind in found.values():
+        for stem in of_kind:
+            forms[normalize(stem)].add(stem)
+    for composed, stems in forms.items():
+        if len(stems) > 1 and all(len(stems & of_kind.keys()) <= 1 for of_kind in found.values()):
+            for of_kind in found.values():
+                for stem in stems & of_kind.keys():
+                    of_kind[composed] = of_kind.pop(stem)
 
 
 def _picture_suffixes() -> tuple[str, ...]:

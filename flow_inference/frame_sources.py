@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from flow_data.file_limits import check_pixels
 from flow_data.pairing import natural_order
 from flow_inference.video_files import VideoReader
 from modeling_raft.frames_raft import FrameConverter, describe, read_frame
@@ -66,7 +67,7 @@ def read_frames(frames: Iterable[Any], converter: FrameConverter | None = None) 
         converter: Maps intensities to 0..255; None: by the range that the first two frames have in common.
 
     Raises:
-        ValueError: One is of no such kind, is damaged, or differs in size from the first.
+        ValueError: One is of no such kind, is damaged, too large for a flow file, or of another size than the first.
         OSError: One cannot be read.
     """
     converter = converter or FrameConverter()
@@ -75,7 +76,9 @@ def read_frames(frames: Iterable[Any], converter: FrameConverter | None = None) 
     for index, frame in enumerate(frames):
         name = describe(frame, f"frame {index + 1}")
         array = read_frame(frame, name)
-        size = size or array.shape
+        if size is None:
+            check_pixels(name, array.shape[1], array.shape[0])  # else its flow could not be written
+            size = array.shape
         if array.shape != size:
             raise ValueError(
                 f"all frames must have one size; {name} is {array.shape[1]} x {array.shape[0]}, the first "

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flow_data.flow_io import write_flow
+from flow_data.flow_io import describe_loss, write_flow
 from flow_data.masks import encode_mask
 from flow_data.pictures import draw_flow
 from flow_data.whole_files import whole_file
@@ -39,6 +39,9 @@ class FlowFiles:
         format: A key of SUFFIXES.
         backward, occlusion: Write these, too.
         colour_scale: Pixels, the length that is fully saturated in colour pictures; None: each picture's longest.
+
+    Attributes:
+        lost: Of each file of flow, the share of its pixels, 0 to 1, whose flow the format cannot hold.
     """
 
     def __init__(
@@ -52,9 +55,15 @@ class FlowFiles:
         self.path_of, self.format = path_of, format
         self.backward, self.occlusion = backward, occlusion
         self.colour_scale = colour_scale
+        self.lost: list[float] = []
 
     def write(self, pair: VideoFlow) -> None:
-        """Write the files of a pair, each whole or not at all."""
+        """Write the files of a pair, each whole or not at all.
+
+        Raises:
+            ValueError: The format can hold the flow of no pixel at all; the message names formats that can.
+            OSError: A file cannot be written.
+        """
         path, *beside = self.paths(pair.index)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._write_flow(path, pair.flow)
@@ -73,7 +82,18 @@ class FlowFiles:
             with whole_file(path) as partial:
                 Image.fromarray(draw_flow(flow.cpu(), self.colour_scale)).save(partial)
         else:
-            write_flow(path, flow.permute(1, 2, 0).cpu().contiguous().numpy())
+            self.lost.append(write_flow(path, flow.permute(1, 2, 0).cpu().contiguous().numpy()))
+
+    def describe_loss(self) -> str | None:
+        """Which share of the pixels of all files the format could not hold, and what to do; None where it held all."""
+        if not any(self.lost):
+            return None
+        remedy = (
+            "use --format flo (a file ending in .flo)"
+            if self.format == "kitti"
+            else "the estimate has diverged there; try --mixed_precision no"
+        )
+        return f"{describe_loss(sum(self.lost) / len(self.lost), SUFFIXES[self.format])}: {remedy}"
 
     def __enter__(self) -> "FlowFiles":
         return self
@@ -120,7 +140,8 @@ class FlowFilms:
 
     def _follow(self, pair: VideoFlow) -> float:
         lengths = torch.linalg.vector_norm(pair.flow[:, ::4, ::4], dim=0).flatten()
-        length = float(lengths.quantile(BRIGHTEST))
+        lengths = lengths[lengths.isfinite()]  # the rest is white
+        length = float(lengths.quantile(BRIGHTEST)) if len(lengths) else 0.0
         return max(length, 0.0 if pair.cut else FADE * self.scale, 1.0)  # at least a pixel: noise is no motion
 
     def __enter__(self) -> "FlowFilms":

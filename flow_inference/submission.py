@@ -16,10 +16,9 @@ from torch import Tensor
 
 from flow_data.flow_io import write_flow
 from flow_data.images import read_rgb
+from flow_data.kitti_png import KITTI_LIMITS
 from flow_data.pairing import first_few
 from flow_data.sources import SOURCES
-
-KITTI_LIMITS = (-512.0, 512.0 - 1 / 64)  # what its PNG can hold
 
 
 class Submission(NamedTuple):
@@ -102,7 +101,7 @@ def read_frames(row: Mapping[str, Any]) -> FramePair:
     return frames
 
 
-def write_result(path: Path, flow: Tensor, submission: Submission) -> None:
+def write_result(path: Path, flow: Tensor, submission: Submission) -> float:
     """Write one file of a submission; one of that name is replaced.
 
     Flow beyond KITTI's range is clipped: written as it is, `write_flow` would mark it as unknown, and the server would
@@ -113,13 +112,18 @@ def write_result(path: Path, flow: Tensor, submission: Submission) -> None:
         flow: `(2, H, W)`, pixels.
         submission: that it is part of.
 
+    Returns:
+        Share of the pixels, 0 to 1, whose flow was clipped.
+
     Raises:
         ValueError: Flow is not finite: no server takes that.
         OSError: The file cannot be written.
     """
     if not flow.isfinite().all():
         raise ValueError(f"{path}: the predicted flow is not finite; try without mixed precision")
-    write_flow(path, flow.clamp(*submission.limits).permute(1, 2, 0).numpy())
+    clipped = flow.clamp(*submission.limits)
+    write_flow(path, clipped.permute(1, 2, 0).numpy())
+    return float((clipped != flow).any(dim=0).float().mean())
 
 
 def find_missing(source: str, split: str, folder: Path, ids: list[str]) -> list[str]:

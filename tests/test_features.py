@@ -54,6 +54,18 @@ def test_paths_decode(tmp_path, suffix):
     assert_is_the_flow(of_rows(write_pair(tmp_path / "a", suffix))[0]["flow"])
 
 
+def test_flow_that_is_no_number_where_it_is_said_to_be_valid(recwarn):
+    flow = FLOW.copy()
+    flow[0, 0], flow[0, 1] = np.nan, np.inf
+    column = OpticalFlow()
+    unknown = column.decode_example(column.encode_example((flow, None)))["valid"]  # NaN says what is unknown
+    assert unknown.sum() == 10 and not recwarn.list
+    with pytest.warns(UserWarning, match=r"16\.7 % of the pixels could not be written as \.flo .*stored as unknown"):
+        column.encode_example((flow, np.ones((3, 4), bool)))
+    with pytest.raises(ValueError, match="nothing of this flow is finite"):
+        column.encode_example((np.full_like(flow, np.nan), VALID))
+
+
 def test_nothing_is_read_before_it_is_looked_at(tmp_path):
     row = write_pair(tmp_path / "a")
     dataset = of_rows(row, row | {"id": "gone", "flow": str(tmp_path / "gone.flo")})

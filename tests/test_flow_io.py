@@ -17,7 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flow_data.flow_io import FLOW_SUFFIXES, MAX_PIXELS, decode_flow, encode_flow, read_flow, write_flow
+from flow_data.flow_io import (
+    FLOW_SUFFIXES,
+    MAX_PIXELS,
+    decode_flow,
+    describe_loss,
+    encode_flow,
+    read_flow,
+    write_flow,
+)
 
 FLOATING = (".flo", ".pfm", ".flo5", ".npy", ".npz")
 CHECKED = (".png", ".flo5", ".npz")  # every byte that matters is under a checksum
@@ -98,6 +106,56 @@ def test_png_rounds_what_it_can_hold_and_the_rest_becomes_unknown(flow):
     np.testing.assert_array_equal(decoded, np.where(known[..., None], expected, 0))
 
 
+@given(data=st.data(), suffix=st.sampled_from(FLOW_SUFFIXES))
+def test_the_share_that_a_format_cannot_hold_is_returned(tmp_path_factory, suffix, data):
+    """Counted from the file: pixels that were given as valid and are unknown in it; none left is an error."""
+    elements = st.sampled_from([0, 511.5, 512, -512, -513, 700, 1e9, 1.1e9, np.nan, np.inf])
+    flow = data.draw(fields(elements))
+    valid = data.draw(st.none() | hnp.arrays(bool, flow.shape[:2]))
+    path = tmp_path_factory.mktemp("loss") / f"a{suffix}"
+    wanted = np.ones(flow.shape[:2], bool) if valid is None else valid
+    low, high = (-512, 511.99) if suffix == ".png" else (-1e9, 1e9)
+    held = wanted & ((flow >= low) & (flow <= high)).all(axis=-1)  # NaN is in no range
+    if wanted.any() and not held.any():
+        with pytest.raises(ValueError, match=r"a\.\w+: nothing of this flow"):
+            write_flow(path, flow, valid)
+        assert not list(path.parent.iterdir())
+        return
+    share = write_flow(path, flow, valid)
+    np.testing.assert_array_equal(read_flow(path)[1], held)
+    assert share == pytest.approx(1 - held.sum() / wanted.sum() if wanted.any() else 0)
+
+
+def test_flow_that_its_format_cannot_hold_is_named(tmp_path):
+    path = tmp_path / "a.PNG"
+    path.write_bytes(b"of an earlier run")
+    flow = np.full((5, 7, 2), 1.5, np.float32)
+    flow[..., 1] = np.linspace(-700, -513, 35).reshape(5, 7)
+    with pytest.raises(ValueError) as error:
+        write_flow(path, flow)
+    assert str(error.value) == (
+        f"{path}: nothing of this flow, -700 to 1.5 px, can be written as KITTI PNG (range -512 to 512 px); "
+        "write one of .flo, .pfm, .flo5, .npy, .npz, which hold it"
+    )
+    assert path.read_bytes() == b"of an earlier run" and len(list(tmp_path.iterdir())) == 1
+    for suffix in FLOATING:
+        assert write_flow(tmp_path / f"a{suffix}", flow) == 0
+    flow[:] = np.nan
+    for suffix in FLOW_SUFFIXES:
+        with pytest.raises(ValueError, match="finite and at most 1,000,000,000 px: no format can hold it"):
+            write_flow(tmp_path / f"b{suffix}", flow)
+    assert write_flow(tmp_path / "c.flo", flow, np.zeros((5, 7), bool)) == 0  # nothing was to be written
+
+
+def test_loss_in_words():
+    assert describe_loss(0.1234, ".png") == (
+        "12.3 % of the pixels could not be written as KITTI PNG (range -512 to 512 px)"
+    )
+    assert describe_loss(1e-6, ".FLO").startswith(
+        "less than 0.01 % of the pixels could not be written as .flo (finite"
+    )
+
+
 def test_half_unknown_flow_is_written_as_unknown():
     flow = np.array([[[1, np.nan]]], np.float32)
     assert encode_flow(flow, None, ".flo")[12:] == struct.pack("<2f", 1e10, 1e10)
@@ -141,6 +199,30 @@ def test_png_layout():
     np.testing.assert_array_equal(valid, [[True, False]])
     written = cv2.imdecode(np.frombuffer(encode_flow(flow, valid, ".png"), np.uint8), cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(written[..., ::-1], [[[2**15 + 64, 2**15 - 128, 1], [0, 0, 0]]])
+
+
+@pytest.mark.parametrize("first", [b"\n", b"\r\n", b" \n", b"# x\n", b"\0\0\0\0", b"\n# \n"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"PF\n2 3\n-1.0\n",
+        b"PF 2 3 -1.0 ",
+        b"PF\r2 3\r-1.0\r",
+        b"PF\r\n2 3\r\n-1.0\r\n",
+        b"PF \n2 3 \n-1.0 \n",
+        b"PF\t\r\n  2   3\t\r\n\r\n-1.000000\t \r\n",
+        b"PF\n# a remark: 7 5\n2 3\n-1\n",
+        b"PF # one\n# two\r\n2 # width\n3\n# three\n-1.0 # four\n",
+        b"PF\n2 3\n-1.0\n# a remark\n# another\n",
+        b"PF\r\n2 3\r\n-1.0\r\n#\r\n",
+    ],
+)
+def test_pfm_headers_of_other_programs(header, first):
+    """Bytes of data that look like white space or a comment are not taken for the header's, nor vice versa."""
+    rows = np.arange(18, dtype="<f4").reshape(3, 2, 3)
+    body = first + rows.tobytes()[len(first) :]
+    flow, _ = decode_flow(header + body, "a.pfm")
+    np.testing.assert_array_equal(flow, np.frombuffer(body, "<f4").reshape(3, 2, 3)[::-1, :, :2])
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
@@ -396,6 +478,14 @@ NPY_2X3 = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 2), }\n"
         (".pfm", b"PF\n2 2\n0\n" + bytes(48), "scale"),
         (".pfm", b"PF\n2 2\n1e999\n" + bytes(48), "scale"),
         (".pfm", b"PF\n2 2\n1-1\n" + bytes(48), "scale"),
+        (".pfm", b"PF\r\n2 2\r\n-1.0\r\n" + bytes(47), "truncated"),  # a data set read from one byte too early
+        (".pfm", b"PF\r\n2 2\r\n-1.0\r\n" + bytes(49), "too long"),
+        (".pfm", b"PF\n2 2 \n-1.0 \n" + bytes(47), "truncated"),
+        (".pfm", b"PF\n2 2 \n-1.0 \n" + bytes(49), "too long"),
+        (".pfm", b"PF\n# 2 2\n-1.0\n" + bytes(48), "header"),
+        (".pfm", b"PF\n2 2\n-1.0\n# a remark\n" + bytes(47), "truncated|too long"),
+        (".pfm", b"PF\n2 2\n-1.0#\n" + bytes(48), "header"),
+        (".pfm", b"PF\n2 2\n-1.0\n\n" + bytes(48), "too long"),  # a blank line may be a byte of data
         (".pfm", b"PF\n9999999999 9999999999\n-1.0\n", "9999999999"),
         (".npy", PFM, "not a .npy"),
         (".npy", NPY[:9], "header"),
@@ -410,10 +500,12 @@ NPY_2X3 = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 2), }\n"
         (".npy", npy(NPY_2X3.replace("<f4", "|O"), bytes(48)), "not a flow"),
         (".npy", npy(NPY_2X3.replace("False", "print(1)"), bytes(48)), "header"),
         (".png", FLO, "not a PNG"),
-        (".png", PNG[:-1], "truncated"),
-        (".png", PNG[:-12], "IEND"),
+        (".png", PNG[:-13], "truncated"),
         (".png", PNG[:8], "truncated"),
-        (".png", PNG + b"\0", "too long"),
+        (".png", PNG[:33], "truncated"),
+        (".png", PNG[:33] + PNG[-12:], "truncated"),
+        (".png", compressed_png(7, 5, zlib.compress(bytes(5 * 43))[:-4])[:-12], "truncated|end where it should"),
+        (".png", PNG[:-1] + b"\0", "checksum in chunk b'IEND'"),
         (".png", PNG[:50] + bytes([PNG[50] ^ 1]) + PNG[51:], "checksum"),
         (".png", png(7, 5, bytes(5 * 43 - 1)), "truncated"),
         (".png", png(7, 5, bytes(5 * 43 + 1)), "too long"),
@@ -548,6 +640,22 @@ def test_too_large_a_file_is_not_read(tmp_path):
         read_flow(tmp_path / "a.flo")
 
 
+BAD_TEXT = chunk(b"tEXt", b"Comment\0x")[:-1] + b"\0"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [PNG + b"\n", PNG + bytes(512), PNG + EXAMPLES[".flo"], PNG[:-12], PNG[:-5], PNG[:-12] + bytes(9)]
+    + [PNG[:33] + BAD_TEXT + PNG[33:], PNG[:-12] + BAD_TEXT + PNG[-12:], PNG[:-12] + BAD_TEXT[:9]],
+    ids=["a line feed", "zeros", "more", "no IEND", "part of IEND", "zeros for IEND"]
+    + ["a wrong checksum of text", "the same at the end", "part of a text"],
+)
+def test_what_touches_no_pixel_of_a_png_is_ignored(data, capfd):
+    flow, valid = decode_flow(data, "a.png")
+    np.testing.assert_array_equal(flow, example_flow())
+    assert valid.all() and capfd.readouterr().err == ""
+
+
 def test_text_chunks_and_gamma_change_nothing():
     extra = chunk(b"gAMA", struct.pack(">I", 45455)) + chunk(b"tEXt", b"Comment\0x") + chunk(b"tRNS", bytes(6))
     data = PNG[:33] + extra + PNG[33:]
@@ -575,9 +683,10 @@ def test_random_damage_never_crashes(suffix, original, data):
     except ValueError as error:
         assert f"damaged{suffix}" in str(error)
         return
-    assert kind == "change"
-    if suffix == ".png":
-        assert damaged == original
+    if suffix == ".png":  # nothing but its last chunk, IEND, can be missing
+        assert damaged[:-12].startswith(original[:-12][: len(damaged) - 12]) and len(damaged) >= len(original) - 12
+    else:
+        assert kind == "change"
     if suffix in CHECKED:  # what is left of them is gaps and fields that say nothing of the flow
         np.testing.assert_array_equal(flow, example_flow())
         assert valid.all()

@@ -1,17 +1,23 @@
 """predict_flow.py on files: two images, a folder, a video."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from moving_shapes import moving_shapes
 from PIL import Image
 from test_modeling_raft import tiny_config
 
 import predict_flow
+from flow_data import file_limits
 from flow_data.flow_io import read_flow
 from flow_data.pictures import draw_flow
-from flow_inference import FlowVideo
+from flow_inference import FlowVideo, frame_sources
+from flow_inference.outputs import FlowFilms
+from flow_inference.video import VideoFlow
 from flow_inference.video_files import VideoReader, VideoWriter
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
@@ -128,9 +134,6 @@ def test_a_video_gives_numbered_files_or_a_video_of_colours(film):
 
 def test_colours_of_a_film_do_not_flicker(film):
     """A scale that is given is kept; the one that is not follows within a scene, and starts anew with the next."""
-    from flow_inference.outputs import FlowFilms
-    from flow_inference.video import VideoFlow
-
     folder, frames, _ = film
     flows = [torch.full((2, HEIGHT, WIDTH), length) for length in (10.0, 1.0, 1.0)]
     flows[0][:, 0, 0] = 1000.0  # one wild pixel
@@ -144,6 +147,103 @@ def test_colours_of_a_film_do_not_flicker(film):
     with FlowFilms(folder / "fixed.mp4", 25, colour_scale=5.0) as output:
         output.write(pairs[0])
         assert output.scale == 5.0
+
+
+def test_a_video_of_flow_that_is_not_finite_is_white_there(film):
+    folder, frames, _ = film
+    flow = torch.full((2, HEIGHT, WIDTH), 3.0)
+    flow[:, :40], flow[0, 40:80] = torch.nan, torch.inf
+    pair = VideoFlow(0, frames[0], frames[0], flow, 1)
+    with FlowFilms(folder / "colours.mp4", 25) as output:
+        output.write(pair)
+        assert output.scale == pytest.approx(3 * 2**0.5)
+        output.write(dataclasses.replace(pair, flow=torch.full_like(flow, torch.nan)))  # no scale of its own
+    first, last = VideoReader(folder / "colours.mp4")
+    assert first[:70].mean() > 250 > first[90:].mean() and last.mean() > 250
+
+
+@pytest.fixture
+def flows(monkeypatch):
+    """Flow for predict_flow.py to write, instead of the model's: a list to be filled."""
+    flows: list[torch.Tensor] = []
+    frame = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+
+    def pairs(*_, **settings):
+        for index, flow in enumerate(flows):
+            backward = flow.flip(2) if settings["backward"] else None
+            yield VideoFlow(index, frame, frame, flow, 1, backward_flow=backward)
+
+    monkeypatch.setattr(predict_flow, "FlowVideo", pairs)
+    return flows
+
+
+def far(share: float, length: float = 700.0) -> torch.Tensor:
+    """Flow of which a share of the rows is too long for a KITTI file."""
+    flow = torch.zeros(2, HEIGHT, WIDTH)
+    flow[0, : round(share * HEIGHT)] = length
+    return flow
+
+
+def test_flow_that_a_kitti_file_cannot_hold_is_reported(film, flows, capsys):
+    """In one line: the mean share over the files, and what to do."""
+    folder, _, arguments = film
+    flows += [far(0), far(0.5), far(0.25)]
+    words = [*arguments, str(folder / "frames"), "--output", str(folder / "flow"), "--format"]
+    predict_flow.main([*words, "kitti"])
+    share = np.mean([round(share * HEIGHT) / HEIGHT for share in (0, 0.5, 0.25)])
+    expected = f"{100 * share:.3g} % of the pixels could not be written as KITTI PNG (range -512 to 512 px): "
+    assert capsys.readouterr().out.splitlines()[-1] == f"{expected}use --format flo (a file ending in .flo)"
+    assert read_flow(folder / "flow" / "f9.png")[1].mean() == pytest.approx(1 - round(0.5 * HEIGHT) / HEIGHT)
+    predict_flow.main([*words, "flo"])
+    predict_flow.main([*words, "colour"])
+    assert "could not be written" not in capsys.readouterr().out
+
+
+def test_flow_that_diverged_is_reported(job, flows, capsys):
+    folder, arguments, _ = job
+    flows.append(far(0.5, float("nan")))
+    predict_flow.main([*arguments, "--output", str(folder / "out.npy"), "--backward"])
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"{100 * round(0.5 * HEIGHT) / HEIGHT:.3g} % of the pixels could not be written as .npy (finite values up to "
+        "1,000,000,000 px): the estimate has diverged there; try --mixed_precision no"
+    )
+    predict_flow.main([*arguments, "--output", str(folder / "out.png")])
+    assert "could not be written" not in capsys.readouterr().out
+    assert (np.asarray(Image.open(folder / "out.png"))[: round(0.5 * HEIGHT)] == 255).all()
+
+
+def test_flow_that_is_lost_altogether_is_an_error(job, flows):
+    folder, arguments, _ = job
+    flows.append(far(1))
+    with pytest.raises(SystemExit) as error:
+        predict_flow.main([*arguments, "--output", str(folder / "out.png"), "--format", "kitti"])
+    assert str(error.value).endswith(
+        "out.png: nothing of this flow, 0 to 700 px, can be written as KITTI PNG (range -512 to 512 px); write one of "
+        ".flo, .pfm, .flo5, .npy, .npz, which hold it"
+    )
+    assert not list(folder.glob("*out*"))
+
+
+@pytest.mark.slow
+def test_shared_frames_of_large_motion(sample_weights, tmp_path):
+    folder = SHARED / "field" / "range"
+    if not folder.is_dir():
+        pytest.skip(f"the problem inputs are not there: {folder}")
+    frames = [str(folder / name) for name in ("a.jpg", "b.jpg")]
+    words = ["--model", str(sample_weights / "raft-small.pth"), *frames, "--max_side", "512", "--format", "kitti"]
+    with pytest.raises(SystemExit, match=r"px, can be written as KITTI PNG .*; write one of \.flo, "):
+        predict_flow.main([*words, "--output", str(tmp_path / "out.png")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_too_large_for_a_flow_file_are_refused_before_any_flow(job, monkeypatch):
+    folder, arguments, _ = job
+    monkeypatch.setattr("flow_inference.video.FlowEstimator.encode", lambda *_: pytest.fail("it computes"))
+    monkeypatch.setattr(file_limits, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    with pytest.raises(SystemExit, match="size must be 1 to at most"):
+        predict_flow.main([*arguments, "--output", str(folder / "out.flo")])
+    with pytest.raises(ValueError, match=f"frame 1: size must be 1 to at most .*; got {WIDTH} x {HEIGHT}"):
+        next(frame_sources.read_frames([np.zeros((HEIGHT, WIDTH, 3), np.uint8)]))
 
 
 def test_max_side_gives_flow_in_pixels_of_the_frames(film):

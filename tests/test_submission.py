@@ -183,9 +183,27 @@ def test_kitti_files_have_no_unknown_pixel(flow, tmp_path_factory):
     np.testing.assert_allclose(read, expected, atol=1 / 128, rtol=0)
 
 
+def test_what_is_clipped_is_reported(model_dir, tmp_path, capsys, monkeypatch, quick):
+    make_tests(tmp_path)
+    flow = torch.zeros(2, *SIZE)
+    flow[1, :, :15] = -600  # a fifth of the pixels of one pair of two
+    flows = iter([flow, torch.zeros(2, *SIZE)])
+    assert write_result(tmp_path / "000000_10.png", flow, SUBMISSIONS["kitti_2015"]) == pytest.approx(0.2)
+    monkeypatch.setattr("flow_inference.prediction.predict_batch", lambda *_: ([next(flows)], None))
+    arguments = f"--model {model_dir} --dataset kitti_2015 --data_dir {tmp_path / 'kitti_2015'}"
+    run(arguments, f"--submission {tmp_path / 'out'}")
+    printed = capsys.readouterr().out
+    assert (
+        "warning: 10 % of the pixels could not be written as KITTI PNG (range -512 to 512 px) and were cl" in printed
+    )
+    monkeypatch.undo()
+    run(arguments, f"--submission {tmp_path / 'out'} --num_flow_updates 2")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_other_formats_are_not_clipped(tmp_path):
     flow = torch.full((2, 3, 4), 700.5)
-    write_result(tmp_path / "frame0001.flo", flow, SUBMISSIONS["sintel_clean"])
+    assert not write_result(tmp_path / "frame0001.flo", flow, SUBMISSIONS["sintel_clean"])
     np.testing.assert_array_equal(read_flow(tmp_path / "frame0001.flo")[0], 700.5)
 
 
