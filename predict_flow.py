@@ -268,9 +268,11 @@ class Summary:
     length: float = 0.0  # sum of the pairs' means, pixels
     longest: float = 0.0  # pixels
     shortest_side: int = 0  # of the frames, pixels
+    flat: int = 0  # pairs with a frame of one color
 
     def add(self, pair: VideoFlow) -> None:
         self.shortest_side = min(pair.flow.shape[-2:])
+        self.flat += pair.flat
         lengths = torch.linalg.vector_norm(pair.flow, dim=0)
         self.pairs += 1
         self.held += pair.held
@@ -288,9 +290,12 @@ class Summary:
         lines = [f"{pairs}, mean length {self.length / self.pairs:.2f} px, longest {self.longest:.2f} px"]
         if self.held:
             lines.append(f"held frames, which repeat the one before and have zero flow: {self.held}")
+        if self.flat:
+            number = "1 pair" if self.flat == 1 else f"{self.flat} pairs"
+            lines.append(f"in {number} a frame is of one color, so nothing can be matched and the flow means nothing")
         if self.cuts:
             if self.pairs == 1:
-                return f"{lines[0]}\nthe images have little in common, and this flow hardly means anything"
+                return "\n".join([*lines, "the images have little in common, and this flow hardly means anything"])
             numbers = ", ".join(map(str, self.cuts[:10])) + (", ..." if len(self.cuts) > 10 else "")
             lines.append(f"scenes end with frame {numbers}; the flow from there to the next frame means nothing")
         return "\n".join(lines)

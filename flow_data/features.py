@@ -20,7 +20,7 @@ from datasets.features.features import register_feature
 
 from flow_data.file_names import find_path
 from flow_data.flow_io import decode_flow, describe_loss, encode_flow, encode_with_loss, read_flow
-from flow_data.images import read_rgb
+from flow_data.images import read_pair
 from flow_data.masks import decode_mask, encode_mask
 
 
@@ -277,16 +277,16 @@ def to_sample(row: Mapping[str, Any]) -> FlowSample:
             decodes it; `valid`, which may be None or absent, as `ValidMask` does.
 
     Returns:
-        The sample; grey images are repeated to three channels, an alpha channel is dropped.
+        The sample; its images are as `flow_data.images.read_pair` gives them.
 
     Raises:
-        ValueError: without ground truth (a test split), with images that are not 8-bit, or with sizes that differ. It
-            names the row's id.
+        ValueError: without ground truth (a test split), with images that cannot be decoded, or with sizes that differ.
+            It names the row's id.
     """
     name = row["id"]
     if row["flow"] is None:
         raise ValueError(f"{name}: expected ground-truth flow, received none (is this a test split?)")
-    image1, image2 = (read_rgb(row[key], f"{name}: {key}") for key in ("image1", "image2"))
+    image1, image2 = read_pair(row)
     flow, valid = row["flow"]["flow"], row["flow"]["valid"]
     mask = row.get("valid")
     height, width = image1.shape[:2]

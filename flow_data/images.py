@@ -26,31 +26,79 @@ from kornia_rs.io import decode_image_png_u8
 
 from flow_data.file_limits import MAX_PIXELS, check_pixels
 from flow_data.file_names import find_path
-from flow_data.png_files import PNG_GREY, PNG_RGB, PNG_SIGNATURE, plain_png, read_png
+from flow_data.png_files import PNG_RGB, PNG_SIGNATURE, plain_png, read_png
 
 PPM_HEADER = re.compile(rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s")  # a comment in it, or 16 bits: Pillow knows
+
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # Pillow's
+DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+FORMATS_CUT_TO_8_BITS = ("TIFF", "PPM", "JPEG2000")  # by Pillow, where they hold color of 16 bits
 
 SAMPLE_COLUMNS = ("id", "image1", "image2", "flow", "valid")
 EVALUATION_COLUMNS = ("occlusion",)  # more, where there are any, that figures are divided by
 
 
+def read_pair(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Decode both frames of a row.
+
+    Frames become 8-bit as in prediction (`modeling_raft.frames_raft`): 16-bit frames of a pair by the range that both
+    have in common, floats from 0..1 or 0..255. Unlike there, an EXIF orientation is not applied, since flow belongs to
+    the stored grid.
+
+    Args:
+        row: `id`; `image1` and `image2` as `read_rgb` takes them.
+
+    Returns:
+        Two arrays `(H, W, 3)` uint8, RGB, writable.
+
+    Raises:
+        ValueError: as `read_rgb` raises it, or the frames have different depths. It names the row's id.
+        OSError: a file cannot be read.
+    """
+    image1, image2 = (_read_image(row[key], f"{row['id']}: {key}") for key in ("image1", "image2"))
+    if image1.dtype == image2.dtype == np.uint8:
+        return image1, image2
+    if image1.dtype != image2.dtype:
+        raise ValueError(
+            f"{row['id']}: both frames must have one depth; image1 is {image1.dtype}, image2 is {image2.dtype}"
+        )
+    low, high = min(image1.min(), image2.min()), max(image1.max(), image2.max())
+    if image1.dtype.kind == "f":
+        if not (low >= 0 and high <= 255):  # NaN fails, too
+            raise ValueError(f"{row['id']}: float frames must be in 0..1 or 0..255; got {low:g} to {high:g}")
+        low, high = 0, 1 if high <= 1 else 255
+    scale = 255 / (float(high) - float(low)) if high > low else 0.0
+    image1, image2 = (
+        ((image.astype(np.float64) - float(low)) * scale).round().astype(np.uint8) for image in (image1, image2)
+    )
+    return image1, image2
+
+
 def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarray:
-    """Decode one picture.
+    """Decode one 8-bit image.
 
     Args:
         value: a PIL image; or, much faster, what is stored: `{"bytes", "path"}`. Bytes win; a path is a local file.
-        name: errors are told with it, and with the path where there is one.
+        name: of the image in messages, beside the path where there is one.
 
     Returns:
-        `(H, W, 3)` uint8, RGB, writable; grey is repeated to three channels, an alpha channel is dropped, an EXIF
-        orientation is not applied (flow belongs to the stored grid).
+        `(H, W, 3)` uint8, RGB, writable; gray is repeated to three channels, an alpha channel is dropped, an EXIF
+        orientation is not applied.
 
     Raises:
         ValueError: damaged, truncated, unknown, of enormous size, not 8-bit, or neither bytes nor path.
         OSError: the file cannot be read.
     """
+    image = _read_image(value, name)
+    if image.dtype != np.uint8:
+        raise ValueError(f"{name}: an 8-bit image was expected; got {image.dtype}")
+    return image
+
+
+def _read_image(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarray:
+    """As `read_rgb`, but of any depth: uint8, uint16 or float32."""
     if isinstance(value, PIL.Image.Image):
-        return to_rgb(value, name)
+        return _from_pil(value, name)
     data, path = value["bytes"], value["path"]
     if path is not None:
         name = f"{name} ({path})"
@@ -65,32 +113,54 @@ def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarra
         width, height = int(header[1]), int(header[2])
         check_pixels(name, width, height)
         if height * width * 3 == len(data) - header.end():
-            pixels = np.frombuffer(data, np.uint8, offset=header.end())
-            return pixels.reshape(height, width, 3).copy()  # a view of bytes would be read-only
+            stored = np.frombuffer(data, np.uint8, offset=header.end())
+            return stored.reshape(height, width, 3).copy()  # a view of bytes would be read-only
     try:
         with warnings.catch_warnings():  # Pillow warns from half of its limit on
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
             image = PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"{name}: no image, or of a format that Pillow does not know") from error
+        if (pixels := _decode_deep(data)) is not None:  # floats in three channels
+            return pixels
+        raise ValueError(f"{name}: no image, or of a format that is not known") from error
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{name}: size must be 1 to at most {MAX_PIXELS} pixels; Pillow says: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: damaged or unknown image: {error}") from error
     check_pixels(name, *image.size)  # Pillow's own limit may be switched off
     with image:
-        return to_rgb(image, name)
+        if image.format in FORMATS_CUT_TO_8_BITS and (pixels := _decode_deep(data)) is not None:
+            return pixels
+        return _from_pil(image, name)
 
 
-def to_rgb(image: PIL.Image.Image, name: str) -> np.ndarray:
-    """Turn a PIL image into an array, as `read_rgb` does, whose arguments, result and errors it has."""
-    # "I;16" and the like would be cut or clipped by Pillow's conversion, without a word.
-    if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
-        raise ValueError(f"{name}: expected an 8-bit RGB or grey image, received Pillow mode {image.mode}")
+def _from_pil(image: PIL.Image.Image, name: str) -> np.ndarray:
+    if image.mode not in EIGHT_BIT_MODES + DEEP_MODES:
+        raise ValueError(f"{name}: a color or gray image was expected; got Pillow's mode {image.mode}")
     try:
+        if image.mode in DEEP_MODES:
+            return _as_rgb(np.array(image))
         return np.array(image.convert("RGB"))  # a copy: np.asarray gives a read-only view
     except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes as late as here
         raise ValueError(f"{name}: damaged or truncated image: {error}") from error
+
+
+def _decode_deep(data: bytes) -> np.ndarray | None:
+    """Pixels of more than 8 bits as OpenCV decodes them; None where it cannot, or where they have 8 bits."""
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+    if pixels is None or pixels.dtype not in (np.uint16, np.float32):
+        return None
+    return _as_rgb(pixels if pixels.ndim == 2 else pixels[..., [2, 1, 0]])  # OpenCV's order is BGR
+
+
+def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """`(H, W)` or `(H, W, 3)` as `(H, W, 3)` uint16 or float32; Pillow has 16-bit gray in wider integers, too."""
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
+    return np.ascontiguousarray(pixels, np.float32 if pixels.dtype.kind == "f" else np.uint16)
 
 
 def undecoded(dataset: Any) -> Any:
@@ -117,10 +187,13 @@ def _decode_png(data: bytes, name: str) -> np.ndarray:
     header = png.header
     height, width = header.height, header.width
     check_pixels(name, width, height)
-    if header.depth > 8 or (header.depth, header.colour) == (1, PNG_GREY):  # the latter is a mask, Pillow's mode "1"
-        raise ValueError(f"{name}: expected an 8-bit RGB or grey image, received a {header}")
     if not png.intact:
         data = plain_png(png, name)
+    if header.depth > 8:
+        deep = _decode_deep(data)
+        if deep is None or deep.shape != (height, width, 3):
+            raise ValueError(f"{name}: damaged PNG: its pixel data cannot be decoded")
+        return deep
     if header.colour == PNG_RGB:
         with contextlib.suppress(Exception):  # it knows neither interlacing nor EXIF; OpenCV has the last word
             return decode_image_png_u8(data, (height, width), "rgb")

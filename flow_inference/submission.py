@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from flow_data.flow_io import write_flow
-from flow_data.images import read_rgb
+from flow_data.images import read_pair
 from flow_data.kitti_png import KITTI_LIMITS
 from flow_data.pairing import first_few
 from flow_data.sources import SOURCES
@@ -94,7 +94,7 @@ def read_frames(row: Mapping[str, Any]) -> FramePair:
     Raises:
         ValueError, OSError: A frame cannot be read, or the two differ in size; the row's id is named.
     """
-    frames = FramePair(*(read_rgb(row[key], f"{row['id']}: {key}") for key in ("image1", "image2")))
+    frames = FramePair(*read_pair(row))
     if frames.image1.shape != frames.image2.shape:
         sizes = " and ".join(f"{frame.shape[0]} x {frame.shape[1]}" for frame in frames)
         raise ValueError(f"{row['id']}: expected frames of one size (h x w), received {sizes}")

@@ -37,6 +37,8 @@ class VideoFlow:
         warm: The flow was started from that of the pair before.
         held: Frame 2 is a copy of frame 1; the flow is exactly 0.
         cut: The scene changes between the frames; the flow means nothing.
+        flat: A frame is of one color, so that nothing can be matched; the flow means nothing, and all of frame 1
+            counts as occluded.
         backward_flow: `(2, H, W)`, from frame 2 to frame 1; None unless asked for, and so the next two.
         occluded: `(H, W)` bool, pixels of frame 1 that frame 2 does not show (`flow_inference.consistency`).
         consistency_error: `(H, W)`, pixels between where a pixel starts and where flow and backward flow bring it;
@@ -51,6 +53,7 @@ class VideoFlow:
     warm: bool = False
     held: bool = False
     cut: bool = False
+    flat: bool = False
     backward_flow: Tensor | None = None
     occluded: Tensor | None = None
     consistency_error: Tensor | None = None
@@ -194,7 +197,8 @@ class _Scene:
             self.watch.remember(error)
         self.expected = self._carried(low_res_flow, low_res_flow) if video.warm_start and not cut else None
 
-        pair = VideoFlow(index, frame1, frame2, flow[0], updates, warm=start is not None, cut=cut)
+        flat = any((frame == frame[:1, :1]).all() for frame in (frame1, frame2))
+        pair = VideoFlow(index, frame1, frame2, flow[0], updates, warm=start is not None, cut=cut, flat=flat)
         if not video.backward:
             return pair
         # The way back is known from the way there.
@@ -220,9 +224,7 @@ class _Scene:
 def _with_backward(pair: VideoFlow, backward_flow: Tensor) -> VideoFlow:
     """The pair with flow `(2, H, W)` from frame 2 to frame 1, and what follows from both."""
     both = pair.flow[None], backward_flow[None]
-    return dataclasses.replace(
-        pair,
-        backward_flow=backward_flow,
-        occluded=is_occluded(*both)[0],
-        consistency_error=consistency_error(*both)[0],
-    )
+    occluded, error = is_occluded(*both)[0], consistency_error(*both)[0]
+    if pair.flat:
+        occluded, error = torch.ones_like(occluded), torch.full_like(error, torch.inf)
+    return dataclasses.replace(pair, backward_flow=backward_flow, occluded=occluded, consistency_error=error)

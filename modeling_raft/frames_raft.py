@@ -274,7 +274,10 @@ def _turn_upright(pixels: np.ndarray, image: "PIL.Image.Image") -> np.ndarray:
 
 def _pil_to_array(image: "PIL.Image.Image", name: str) -> np.ndarray:
     if image.mode in DEEP_MODES:
-        return _from_array(np.array(image), name, channels_last=True)
+        pixels = np.array(image)
+        if image.mode == "I" and 0 <= pixels.min() and pixels.max() < 2**16:
+            pixels = pixels.astype(np.uint16)  # a 16-bit file, which Pillow has in wider integers
+        return _from_array(pixels, name, channels_last=True)
     if image.mode in PREMULTIPLIED_MODES:
         image = image.convert(PREMULTIPLIED_MODES[image.mode])
     if image.mode not in EIGHT_BIT_MODES:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from moving_shapes import moving_shapes
 
 from flow_inference.consistency import consistency_error, is_occluded, warp
@@ -28,6 +29,17 @@ def test_frame2_warped_by_the_flow_is_frame1_where_it_shows_it(there_and_back):
     seen = ~torch.from_numpy(video.occluded[0])
     assert inside[0][seen].all()
     torch.testing.assert_close(warped[0][:, seen], as_tensor(video.frames[0])[0][:, seen], atol=1e-2, rtol=0)
+
+
+def test_warping_reads_the_edge_beyond_the_frame():
+    """As grid_sample with padding_mode="border" does, which not every backend has."""
+    generator = torch.Generator().manual_seed(0)
+    maps, flow = torch.randn(2, 3, 9, 7, generator=generator), 6 * torch.randn(2, 2, 9, 7, generator=generator)
+    y, x = torch.meshgrid(torch.arange(9.0), torch.arange(7.0), indexing="ij")
+    target = torch.stack([x, y]) + flow
+    grid = torch.stack([(2 * target[:, 0] + 1) / 7 - 1, (2 * target[:, 1] + 1) / 9 - 1], dim=-1)
+    expected = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(warp(maps, flow)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_leaves_the_frame_is_known_by_half_pixels():

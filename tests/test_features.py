@@ -307,9 +307,15 @@ def test_grey_is_repeated_and_alpha_dropped():
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F", "1", "CMYK"])
-def test_odd_images_are_refused(mode):
-    with pytest.raises(ValueError, match=rf"alley_1/frame_0001: image1: .*received Pillow mode {mode}"):
-        to_sample(row_of(PIL.Image.new(mode, (4, 3))))
+def test_images_of_other_depths_and_color_spaces_become_rgb(mode):
+    sample = to_sample(row_of(PIL.Image.new(mode, (4, 3))))
+    for image in (sample.image1, sample.image2):
+        assert image.dtype == np.uint8 and image.shape == (3, 4, 3) and len(np.unique(image)) == 1
+
+
+def test_frames_of_two_depths_are_refused():
+    with pytest.raises(ValueError, match="alley_1/frame_0001: both frames must have one depth; image1 is uint16"):
+        to_sample(row_of(PIL.Image.new("I;16", (4, 3)), PIL.Image.new("L", (4, 3))))
 
 
 def test_sizes_must_agree():

@@ -17,6 +17,7 @@ from transformers import pipeline
 
 import predict_flow
 from flow_data.flow_io import read_flow
+from flow_data.images import read_pair
 from flow_inference import FlowVideo
 from flow_inference.frame_sources import read_frames
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor, frames_raft
@@ -213,6 +214,37 @@ ARRAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("orientation")])
+def test_training_reads_the_frames_that_prediction_reads(kind, tmp_path):
+    """But for the EXIF orientation: ground truth lies on the grid that is stored."""
+    suffix, files, _ = KINDS[kind]
+    expected = frames_raft.read_frames(files)
+    paths = [tmp_path / f"{i}{suffix}" for i in range(2)]
+    for path, data in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    for column in ("path", "bytes"):
+        stored = [{"bytes": data, "path": None} for data in files] if column == "bytes" else [
+            {"bytes": None, "path": str(path)} for path in paths
+        ]  # fmt: skip
+        for ours, frame in zip(
+            read_pair({"id": "0", "image1": stored[0], "image2": stored[1]}), expected, strict=True
+        ):
+            np.testing.assert_array_equal(ours, frame)
+
+
+def test_training_keeps_the_stored_grid():
+    files = turned((6, 6))
+    row = {"id": "0", **{f"image{i + 1}": {"bytes": data, "path": None} for i, data in enumerate(files)}}
+    assert read_pair(row)[0].shape == (WIDTH, HEIGHT, 3)
+
+
+def test_training_refuses_frames_without_a_common_range():
+    files = [KINDS["16-bit rgb png"][1][0], KINDS["png"][1][1]]
+    row = {"id": "7", **{f"image{i + 1}": {"bytes": data, "path": None} for i, data in enumerate(files)}}
+    with pytest.raises(ValueError, match="7: both frames must have one depth; image1 is uint16, image2 is uint8"):
+        read_pair(row)
+
+
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_every_kind_of_array_has_one_flow_everywhere(kind, entry_points, model):
     pair, frames = ARRAYS[kind]
@@ -397,10 +429,11 @@ def test_field_files_have_the_flow_of_their_pair(sample_weights, tmp_path):
     expected = flow_of([field / "f1.png", field / "f2.png"])
     gray = flow_of([PIL.Image.open(field / name).convert("L") for name in ("f1.png", "f2.png")])
     kinds = [path for path in sorted((field / "kinds").glob("*1.*")) if not path.name.startswith("bit")]
-    for first in kinds:  # but for 1-bit images, which keep too little of the pattern
+    for first in kinds:  # without 1-bit images, which keep too little of the pattern
         flow = flow_of([first, first.with_name(first.name.replace("1.", "2."))])
         is_gray = first.name.startswith(("gray", "la", "i16", "f1.tif"))
-        assert (flow - (gray if is_gray else expected)).norm(dim=0).mean() < 0.15, first.name
+        limit = 1.0 if first.name.startswith(("cmyk", "j", "w")) else 0.15  # these are lossy, and motion is 2.4 px
+        assert (flow - (gray if is_gray else expected)).norm(dim=0).mean() < limit, first.name
     for first in sorted((field / "png").glob("*1.png")):
         flow = flow_of([first, first.with_name(first.name.replace("1.", "2."))])
         assert torch.equal(flow, expected), first.name

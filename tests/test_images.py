@@ -131,14 +131,20 @@ def test_files_are_read_where_there_are_no_bytes(tmp_path):
     [
         png(b"".join(b"\0" + row.tobytes() * 2 for row in COLOR[..., :3]), depth=16),
         png(b"".join(b"\0" + row.tobytes() for row in COLOR[..., :2]), depth=16, color=0),
-        encoded(RGB.convert("1")),
-        encoded(RGB.convert("CMYK"), "JPEG"),
     ],
-    ids=["48 bits", "16 bits", "1 bit", "CMYK"],
+    ids=["48 bits", "16 bits"],
 )
-def test_other_depths_and_color_spaces_are_refused(data):
-    with pytest.raises(ValueError, match="pair 7: image1.*expected an 8-bit RGB or grey image"):
+def test_other_depths_are_no_8_bit_images(data):
+    """Alone they have no range of intensities; `read_pair` reads them."""
+    with pytest.raises(ValueError, match="pair 7: image1: an 8-bit image was expected; got uint16"):
         read_rgb(stored(data), "pair 7: image1")
+
+
+@pytest.mark.parametrize("data", [encoded(RGB.convert("1")), encoded(RGB.convert("CMYK"), "JPEG")], ids=["1", "CMYK"])
+def test_other_color_spaces_are_converted(data):
+    np.testing.assert_array_equal(
+        read_rgb(stored(data), "x"), np.array(PIL.Image.open(io.BytesIO(data)).convert("RGB"))
+    )
 
 
 # ---- damage ----

@@ -166,14 +166,19 @@ def test_a_video_of_flow_that_is_not_finite_is_white_there(film):
 def flows(monkeypatch):
     """Flow for predict_flow.py to write, instead of the model's: a list to be filled."""
     flows: list[torch.Tensor] = []
-    frame = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    frame = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
-    def pairs(*_, **settings):
-        for index, flow in enumerate(flows):
-            backward = flow.flip(2) if settings["backward"] else None
-            yield VideoFlow(index, frame, frame, flow, 1, backward_flow=backward)
+    class Pairs:
+        mapped_range = None
 
-    monkeypatch.setattr(predict_flow, "FlowVideo", pairs)
+        def __init__(self, *_, **settings):
+            self.backward = settings["backward"]
+
+        def __iter__(self):
+            for index, flow in enumerate(flows):
+                yield VideoFlow(index, frame, frame, flow, 1, backward_flow=flow.flip(2) if self.backward else None)
+
+    monkeypatch.setattr(predict_flow, "FlowVideo", Pairs)
     return flows
 
 
@@ -263,32 +268,58 @@ def test_max_side_gives_flow_in_pixels_of_the_frames(film):
     np.testing.assert_allclose(flow.mean((0, 1)), expected * [308 / 160, 262 / 136], rtol=0.3, atol=0.5)
 
 
+@pytest.mark.parametrize("flags", [[], ["--min_side", "128"]])
 @pytest.mark.parametrize("size", [(1, 1), (20, 300), (100, 90)])
-def test_small_images_are_enlarged(job, size):
+def test_small_images_have_flow(job, size, flags, capsys):
     folder, arguments, _ = job
     for name in ("a.png", "b.png"):
         Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / name)
-    predict_flow.main([*arguments, "--output", str(folder / "out.flo")])
+    predict_flow.main([*arguments, "--output", str(folder / "out.flo"), *flags])
     flow, valid = read_flow(folder / "out.flo")
     assert flow.shape == (*size, 2) and valid.all()
+    assert ("better flow with --min_side" in capsys.readouterr().out) == (not flags)
+
+
+def test_flat_images_are_reported(job, capsys):
+    folder, arguments, _ = job
+    Image.new("RGB", (WIDTH, HEIGHT), (10, 200, 30)).save(folder / "a.png")
+    predict_flow.main([*arguments, "--output", str(folder / "out.flo")])
+    assert "in 1 pair a frame is of one color, so nothing can be matched" in capsys.readouterr().out
+
+
+def test_images_of_a_shell_pattern_are_a_sequence(film):
+    """In natural order of their names, whatever order the shell gives; and the same as the folder of them."""
+    folder, _, arguments = film
+    paths = sorted(str(path) for path in (folder / "frames").iterdir())  # f10 before f8
+    predict_flow.main([*arguments, *paths, "--output", str(folder / "results.v1")])
+    predict_flow.main([*arguments, str(folder / "frames"), "--output", f"{folder / 'results.mp4'}/"])
+    for name in ("f8.flo", "f9.flo", "f10.flo"):
+        expected = (folder / "results.mp4" / name).read_bytes()
+        assert (folder / "results.v1" / name).read_bytes() == expected
+    assert len(list((folder / "results.v1").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({2: "missing.png"}, "missing.png"),
-        ({2: "broken.png"}, "broken.png): no image"),
+        ({2: "broken.png"}, "broken.png) cannot be decoded: it is no image"),
         ({2: "other.png"}, "must have one size"),
-        ({2: "deep.png"}, "deep.png): expected an 8-bit"),
+        ({2: "deep.png"}, "all frames must have one depth"),
+        ({2: ""}, "is a folder; give the path of an image"),
+        ({0: "--device=cuda:9"}, "device cuda:9 is not available; available are cpu"),
+        ({0: "--device=gpu"}, "device must be cpu, cuda, cuda:1"),
+        ({0: "--min_side=0"}, "min_side must be at least 1; got 0"),
+        ({0: "https://example.com/a.png"}, "https://example.com/a.png is a URL; download it"),
         ({0: "--output=out.jpg"}, "--output must end in one of"),
         ({0: "--format=kitti"}, "--format kitti writes a .png"),
         ({0: "--num_flow_updates=0"}, "at least 1; got 0"),
-        ({0: "--max_side=50"}, "max_side must be at least 128; got 50"),
+        ({0: "--max_side=50"}, "max_side must be at least 64; got 50"),
         ({0: "--mixed_precision=fp16"}, "fp16 needs a GPU"),
         ({0: "--colour_scale=2"}, "--colour_scale has no use here: no colours are written"),
         ({0: "--frame_rate=2"}, "--frame_rate has no use here: no video is written"),
         ({0: "--no_warm_start"}, "--no_warm_start has no use here: two images have no pair before them"),
-        ({0: "c.png"}, "expected two images, a folder, or --video; got 3 paths"),
+        ({0: "c.mp4"}, "c.mp4 is no image; give images only"),
         ({0: "--video=x.mp4"}, "not both"),
     ],
 )
@@ -329,13 +360,15 @@ def test_mistakes_with_films_are_named(film, capsys):
             f"{folder / 'beside'} --output {folder / 'beside'} --format colour",
             "a.png is read, and would be overwritten",
         ),
+        (f"{folder / 'one' / 'a.png'} --output {folder / 'x'}", "a.png is one image; flow takes two frames"),
+        (f"{folder / 'frames'} --output {folder / 'x.flo'}", "must be a folder, or a video ending in"),
+        (f"--video rtsp://camera --output {folder / 'x'}", "rtsp://camera is a URL; download it"),
         (f"{folder / 'film.mp4'} --output {folder / 'x'}", "film.mp4 is a video: give it with --video"),
         (f"--video {folder / 'film.mp4'} --output {folder / 'film.mp4'}", "film.mp4 is read, and would be overwr"),
         (f"--video {folder / 'film.mp4'} --output {folder / 'x.mp4'} --colour_scale -1", "must be positive and fin"),
         (f"{folder / 'one'} --output {folder / 'x'}", "flow takes two frames, and there is one"),
-        (f"{folder / 'empty'} --output {folder / 'x'}", "no pictures in this folder"),
+        (f"{folder / 'empty'} --output {folder / 'x'}", "no images in this folder"),
         (f"--video {folder / 'text.mp4'} --output {folder / 'x'}", "text.mp4"),
-        (f"--video {folder / 'film.mp4'} --output {folder / 'x.jpg'}", "must be a folder, or a video ending in"),
         (f"--video {folder / 'film.mp4'} --output {folder / 'x.mp4'} --format flo", "a video is of colours"),
     ):
         with pytest.raises(SystemExit) as error:

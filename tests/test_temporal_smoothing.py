@@ -360,6 +360,31 @@ def test_mixed_precision_is_close(job):
     assert 0 < abs(written - smoothed).mean() < 0.1
 
 
+def test_phone_photos_are_smoothed_as_upright_ones(job):
+    """Maps are upright; the frames lie on their side, and say so."""
+    frames, tall = moving_shapes(6, 64, 80, VELOCITIES).frames, np.random.default_rng(1).random((6, 80, 64))
+    np.save(job / "tall.npy", tall)
+    write_pictures(job / "upright", [np.rot90(frame, -1) for frame in frames])
+    (job / "phone").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    for number, frame in enumerate(frames, start=6):
+        Image.fromarray(frame).save(job / f"phone/{number}.png", exif=exif)
+    main(command(job, "upright", "tall.npy", "upright.npy"))
+    main(command(job, "phone", "tall.npy", "phone.npy"))
+    np.testing.assert_array_equal(np.load(job / "phone.npy"), np.load(job / "upright.npy"))
+    np.save(job / "lying.npy", tall.transpose(0, 2, 1))
+    with pytest.raises(SystemExit, match="maps of 64 x 80 .* lie on their side beside frames of 80 x 64"):
+        main(command(job, "phone", "lying.npy", "lying_out.npy"))
+    (job / "turned_maps").mkdir()
+    for number, values in enumerate(tall.transpose(0, 2, 1)[:, ::-1], start=6):  # stored as the frames are
+        Image.fromarray((255 * values).astype(np.uint8)).save(job / f"turned_maps/{number}.png", exif=exif)
+    main(command(job, "phone", "turned_maps", "turned_maps_out"))
+    smoothed = np.array(Image.open(job / "turned_maps_out/6.png"))
+    assert smoothed.shape == (80, 64)
+    np.testing.assert_allclose(smoothed, 255 * np.load(job / "phone.npy")[0], atol=3)
+
+
 def remove_last_frame(folder):
     (folder / "frames/11.png").unlink()
 

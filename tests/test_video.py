@@ -303,6 +303,18 @@ def test_bad_frames_are_named(model, frames, message):
         list(FlowVideo(model, frames))
 
 
+def test_all_of_a_frame_of_one_color_counts_as_occluded(model):
+    """There is nothing in it that could be matched, whatever the model makes of it."""
+    flat, textured = np.full((130, 140, 3), (10, 200, 30), np.uint8), moving_shapes(1, 130, 140, [(0, 0)]).frames[0]
+    for frames, expected in (([flat, flat + 9], True), ([flat, textured], True), ([textured, textured + 9], False)):
+        (pair,) = FlowVideo(model, frames, num_flow_updates=1, backward=True)
+        assert pair.flat == expected
+        if expected:
+            assert pair.occluded.all() and pair.consistency_error.isinf().all()
+    (pair,) = FlowVideo(model, [flat, flat], num_flow_updates=1, backward=True)
+    assert pair.held and not pair.flow.any() and not pair.occluded.any()  # it is known that nothing has moved
+
+
 def test_bad_settings_are_named(model):
     for options, message in (
         ({"num_flow_updates": 0}, "num_flow_updates must be at least 1; got 0"),

@@ -280,6 +280,24 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
         VideoReader(path)
 
 
+def test_of_two_videos_the_one_that_players_show_is_read(tmp_path):
+    """The one that is marked as default, although it is the second."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        for default in (False, True):
+            stream = container.add_stream("libx264", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 32, 48 if default else 32, "yuv420p"
+            stream.disposition = av.stream.Disposition.default if default else av.stream.Disposition(0)
+        for stream, value in zip(container.streams.video, (0, 200), strict=True):
+            for _ in range(3):
+                picture = np.full((32, stream.width, 3), value, np.uint8)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    frames = list(VideoReader(path))
+    assert len(frames) == 3 and all(frame.shape == (32, 48, 3) and frame.mean() > 150 for frame in frames)
+
+
 def test_titles_need_not_be_unicode(tmp_path):
     path = encode(tmp_path / "a.mp4", moving_pattern(3), title="some title")
     path.write_bytes(path.read_bytes().replace(b"some title", b"some\xfftitle"))
