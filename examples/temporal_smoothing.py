@@ -160,8 +160,7 @@ class TemporalSmoother:
     ):
         FrameFit(1, 1, max_side)  # says now what is wrong with it
         self.model = model
-        self.window, self.max_side = window, max_side
-        self.num_flow_updates = model.config.num_flow_updates if num_flow_updates is None else num_flow_updates
+        self.window, self.num_flow_updates, self.max_side = window, num_flow_updates, max_side
         self.before, self.after = Flicker(), Flicker()
         self._finished: Tensor | None = None  # the latest
 

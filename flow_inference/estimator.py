@@ -74,19 +74,21 @@ class FlowEstimator:
     def estimate(
         self,
         pairs: Sequence[tuple[EncodedFrame, EncodedFrame]],
-        num_flow_updates: int,
+        num_flow_updates: int | None = None,
         initial_flow: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Flow from the first to the second frame of each pair, all pairs as one batch.
 
         Args:
             pairs: B of them.
-            num_flow_updates: At least 1.
+            num_flow_updates: At least 1; None: as the model's configuration says.
             initial_flow: `(B, 2, h, w)` in grid pixels; None: zero.
 
         Returns:
             `(B, 2, H, W)` float32 in pixels of the frames, and `(B, 2, h, w)` in grid pixels, on the model's device.
         """
+        if num_flow_updates is None:
+            num_flow_updates = self.model.config.num_flow_updates
         with autocast(self.model.device, self.mixed_precision):
             states = [self._state(first) for first, _ in pairs]
             updates = self.model.updates(
