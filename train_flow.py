@@ -25,6 +25,7 @@ from flow_training.checkpoints import (
 )
 from flow_training.config import TrainingConfig, parse_config
 from flow_training.data import training_pairs, validation_sets
+from flow_training.ema import ExponentialMovingAverage
 from flow_training.evaluation import evaluate_sets
 from flow_training.metrics import error_sums, flow_length
 from flow_training.model import batch_norm_batch, make_model, model_size
@@ -74,12 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     fused = accelerator.scaler is None
     optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay, fused)
     schedule = make_schedule(optimizer, config.learning_rate, config.max_train_steps)
-    progress = RunProgress(len(STEP_SUMS))
+    ema = None if config.ema_decay is None else ExponentialMovingAverage(model, config.ema_decay, accelerator.device)
+    progress = RunProgress(len(STEP_SUMS), ema)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule, progress)
     if checkpoint is not None:
         try:
-            load_checkpoint(accelerator, checkpoint)
+            load_checkpoint(accelerator, checkpoint, progress, unwrap(accelerator, prepared))
             if progress.step > config.max_train_steps:
                 raise ValueError(f"max_train_steps: {checkpoint} is beyond step {config.max_train_steps}")
         except ValueError as error:
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
             outlive_no_launcher()
             train(run, optimizer, schedule)
         if accelerator.is_main_process:
-            write_run(output_dir, unwrap(accelerator, prepared), run.record())
+            write_run(output_dir, run.published_model, run.record())
             print(f"weights, model card and log are in {output_dir}")
     except Stopped as stopped:
         bar.close()
@@ -168,6 +170,8 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
         skipped = accelerator.optimizer_step_was_skipped  # fp16 overflow
         if not skipped:
             schedule.step()  # not prepared: a prepared one steps once per *process*
+            if progress.ema is not None:
+                progress.ema.update(unwrap(accelerator, model))
         step = progress.step = progress.step + 1
         run.step_sums.end_step(grad_norm, skipped)
         run.bar.update()
@@ -197,7 +201,7 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
         logged += time.perf_counter() - paused  # neither is training time
     run.bar.close()
     if run.validation and not run.reports:  # a finished run was resumed: its card still needs the figures
-        run.reports = evaluate_sets(unwrap(accelerator, model), run.validation, accelerator)
+        run.reports = evaluate_sets(run.published_model, run.validation, accelerator)
         run.reports_step = progress.step
 
 

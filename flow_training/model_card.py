@@ -88,6 +88,7 @@ def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
         inherits=run_config["model_name_or_path"] is not None,
         training_data=_training_data(run_config),
         recipe={key: _cell(value) for key, value in run_config.items() if not key.startswith("hub_")},
+        ema_decay=run_config["ema_decay"],
         reports=record.reports,
         seen={set_name: _seen_in_training(set_name, run_config) for set_name in record.reports},
         metric_names=METRIC_NAMES,

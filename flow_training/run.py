@@ -27,6 +27,7 @@ from flow_training.run_log import RunLog
 from flow_training.step_sums import NotFiniteError, StepSums
 from flow_training.stopping import StopRequest
 from flow_training.uploads import Uploads
+from modeling_raft import RaftForOpticalFlow
 
 
 class Stopped(Exception):
@@ -62,6 +63,12 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
+
+    @property
+    def published_model(self) -> RaftForOpticalFlow:
+        """The model that is validated and published: with `ema_decay` the average of the weights, else the weights."""
+        ema = self.progress.ema
+        return unwrap(self.accelerator, self.model) if ema is None else ema.model
 
     def look(self) -> None:
         """Take over the figures of the steps so far. Until here, nothing waits for the device."""
@@ -108,7 +115,7 @@ class Run:
         Raises:
             Stopped: A signal came; a checkpoint is saved from which the validation is done first.
         """
-        model, step = unwrap(self.accelerator, self.model), self.progress.step
+        model, step = self.published_model, self.progress.step
         self.progress.validation_due = True
         try:
             self.reports = evaluate_sets(model, self.validation, self.accelerator, self.stop.agreed)
@@ -155,7 +162,7 @@ class Run:
         """Begin to push the weights of this step in the background."""
         if self.uploads is None:
             return
-        step, model = self.progress.step, unwrap(self.accelerator, self.model)
+        step, model = self.progress.step, self.published_model
         description = f"Step {step} of {self.config.max_train_steps}"
         self.uploads.start(step, description, lambda folder: write_model_folder(folder, model, self.record()))
 
