@@ -24,7 +24,7 @@ from flow_training.checkpoints import (
     set_aside_later_checkpoints,
 )
 from flow_training.config import TrainingConfig, parse_config
-from flow_training.data import training_pairs, validation_sets
+from flow_training.data import describe_missing_truth, training_pairs, validation_sets
 from flow_training.ema import ExponentialMovingAverage
 from flow_training.evaluation import evaluate_sets
 from flow_training.metrics import error_sums, flow_length
@@ -33,7 +33,7 @@ from flow_training.model_card import read_lineage
 from flow_training.model_folder import write_run
 from flow_training.optimization import change_course, make_optimizer, make_schedule
 from flow_training.processes import describe_devices, make_accelerator, require_shared_folder, unwrap
-from flow_training.run import Run, Stopped, how_to_go_on
+from flow_training.run import MAX_STEPS_WITHOUT_TRUTH, NothingLearnedError, Run, Stopped, how_to_go_on
 from flow_training.run_dir import RunLock, check_same_run, choose_checkpoint
 from flow_training.run_log import RunLog
 from flow_training.step_sums import STEP_SUMS, StepSums
@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         counts = {name: len(dataset) for name, dataset, _ in validation}
         passes, devices = accelerator.gradient_accumulation_steps, describe_devices(accelerator)
         print(describe_run(config, model, pairs, counts, passes, devices, progress.step))
+        for line in describe_missing_truth(pairs, config.max_flow):
+            print(f"train_flow.py: warning: {line}", file=sys.stderr)
     bar = tqdm(
         total=config.max_train_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
     )
@@ -181,7 +183,8 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
         validating = bool(run.validation) and (step % config.validation_steps == 0 or last)
         saving = step % config.checkpointing_steps == 0
         stopping = run.stop.agreed() is not None
-        if logging_now or validating or saving or stopping or last:
+        checking = step % MAX_STEPS_WITHOUT_TRUTH == 0
+        if logging_now or validating or saving or stopping or last or checking:
             run.look()
         if logging_now:
             run.log_training(
@@ -200,6 +203,8 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
             run.upload()
         logged += time.perf_counter() - paused  # neither is training time
     run.bar.close()
+    if schedule.last_epoch == 0:
+        raise NothingLearnedError("every step was skipped, because its gradients overflowed in fp16: use bf16, or no")
     if run.validation and not run.reports:  # a finished run was resumed: its card still needs the figures
         run.reports = evaluate_sets(run.published_model, run.validation, accelerator)
         run.reports_step = progress.step

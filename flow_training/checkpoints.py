@@ -36,6 +36,7 @@ class RunProgress:
         self.ema = ema
         self.validation_due = False  # stopped after the step and before its validation
         self.bad_samples: dict[str, int] = {}  # what was wrong with pairs that were replaced -> how often
+        self.steps_without_truth = 0  # how many of the last steps in a row had no pixel that counts for the loss
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -43,6 +44,7 @@ class RunProgress:
             "sums": self.sums.tolist(),
             "validation_due": self.validation_due,
             "bad_samples": self.bad_samples,
+            "steps_without_truth": self.steps_without_truth,
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
@@ -51,7 +53,8 @@ class RunProgress:
         self.sums = torch.tensor(state["sums"], dtype=torch.float64)
         self.validation_due = state["validation_due"]
         self.bad_samples = dict(state["bad_samples"])
-        average = state.get("ema")  # not in checkpoints of older versions
+        self.steps_without_truth = state.get("steps_without_truth", 0)  # not in checkpoints of older versions
+        average = state.get("ema")  # likewise
         if self.ema is not None and average is not None:
             self.ema.load_state_dict(average)
         elif self.ema is not None:

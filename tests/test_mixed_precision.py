@@ -345,3 +345,10 @@ def test_a_run_skips_steps_that_overflow_in_float16(run_in_float16, tmp_path):
         assert resumed.steps == scaler.steps[start:]
         ours, theirs = (load_file(path / "model.safetensors") for path in (again, tmp_path / "whole"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_run_whose_every_step_overflows_publishes_nothing(run_in_float16, tmp_path):
+    with pytest.raises(SystemExit, match="every step was skipped"):
+        run_in_float16(tmp_path / "run", max_train_steps="2")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
