@@ -7,7 +7,6 @@ Under `accelerate launch`, processes share the pairs. docs/evaluation.md tells w
 """
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -43,10 +42,13 @@ from flow_inference.submission import (
 )
 from flow_training.config import nearest
 from flow_training.evaluation import DTYPES, PROTOCOLS, Protocol, check_precision, evaluate
+from flow_training.metrics import format_metric
+from flow_training.strict_json import to_json
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 PICTURE_PAIRS = 4
+NAMED_PAIRS = 8  # in a sentence
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,12 +108,14 @@ def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     used = figures["protocol"]
     print(f"{args.dataset} {split}: {figures['num_pairs']} pairs, {describe(args, used)}")
     for name, value in figures["metrics"].items():
-        print(f"  {name:16} {value:.4f}")
-    print(f"  (zero flow: epe {figures['zero_flow_epe']:.4f})")
+        print(f"  {name:16} {format_metric(value, 4)}")
+    print(f"  (zero flow: epe {format_metric(figures['zero_flow_epe'], 4)})")
+    for line in describe_missing_metrics(figures):
+        print(f"  {line}")
     if args.output is not None:
-        contents = without_nan({"dataset": args.dataset, "split": split, **figures})
+        contents = {"dataset": args.dataset, "split": split, **figures}
         with whole_file(args.output) as partial:
-            partial.write_text(json.dumps(contents, indent=2, allow_nan=False) + "\n")
+            partial.write_text(to_json(contents, indent=2) + "\n")
     if args.picture is not None:
         with accelerator.autocast():
             picture = draw_pairs(model, dataset, protocol, used["num_flow_updates"], args.warm_start)
@@ -239,13 +243,19 @@ def describe(args: argparse.Namespace, used: dict[str, Any]) -> str:
     return f"{used['num_flow_updates']} updates, {used['dtype']}{warm_start}"
 
 
-def without_nan(value: Any) -> Any:
-    """A report with null for what is not a number, which JSON cannot say: figures of no pixel at all."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def describe_missing_metrics(report: dict[str, Any]) -> list[str]:
+    """Why metrics of a report do not exist, for people."""
+    unknown = [pair["id"] for pair in report["per_pair"] if not math.isfinite(pair["fl_all"])]
+    lines = []
+    if len(unknown) == report["num_pairs"]:
+        lines.append("no pixel of these pairs has valid ground truth: there is nothing to compare the flow with")
+    elif unknown:
+        more = f" and {len(unknown) - NAMED_PAIRS} more" if len(unknown) > NAMED_PAIRS else ""
+        names = f"{', '.join(unknown[:NAMED_PAIRS])}{more}"
+        lines.append(f"no pixel of {len(unknown)} pair(s) has valid ground truth, they do not count: {names}")
+    if math.isfinite(report["zero_flow_epe"]) and not math.isfinite(report["metrics"]["epe"]):
+        lines.append("the model's flow is not finite: its weights may be those of a training that diverged")
+    return lines
 
 
 def draw_pairs(

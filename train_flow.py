@@ -24,7 +24,8 @@ from flow_training.checkpoints import (
     set_aside_later_checkpoints,
 )
 from flow_training.config import TrainingConfig, parse_config
-from flow_training.data import training_pairs, validation_sets
+from flow_training.data import describe_missing_truth, training_pairs, validation_sets
+from flow_training.ema import ExponentialMovingAverage
 from flow_training.evaluation import evaluate_sets
 from flow_training.metrics import error_sums, flow_length
 from flow_training.model import batch_norm_batch, make_model, model_size
@@ -32,7 +33,7 @@ from flow_training.model_card import read_lineage
 from flow_training.model_folder import write_run
 from flow_training.optimization import change_course, make_optimizer, make_schedule
 from flow_training.processes import describe_devices, make_accelerator, require_shared_folder, unwrap
-from flow_training.run import Run, Stopped, how_to_go_on
+from flow_training.run import MAX_STEPS_WITHOUT_TRUTH, NothingLearnedError, Run, Stopped, how_to_go_on
 from flow_training.run_dir import RunLock, check_same_run, choose_checkpoint
 from flow_training.run_log import RunLog
 from flow_training.step_sums import STEP_SUMS, StepSums
@@ -74,12 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     fused = accelerator.scaler is None
     optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay, fused)
     schedule = make_schedule(optimizer, config.learning_rate, config.max_train_steps)
-    progress = RunProgress(len(STEP_SUMS))
+    ema = None if config.ema_decay is None else ExponentialMovingAverage(model, config.ema_decay, accelerator.device)
+    progress = RunProgress(len(STEP_SUMS), ema)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule, progress)
     if checkpoint is not None:
         try:
-            load_checkpoint(accelerator, checkpoint)
+            load_checkpoint(accelerator, checkpoint, progress, unwrap(accelerator, prepared))
             if progress.step > config.max_train_steps:
                 raise ValueError(f"max_train_steps: {checkpoint} is beyond step {config.max_train_steps}")
         except ValueError as error:
@@ -100,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         counts = {name: len(dataset) for name, dataset, _ in validation}
         passes, devices = accelerator.gradient_accumulation_steps, describe_devices(accelerator)
         print(describe_run(config, model, pairs, counts, passes, devices, progress.step))
+        for line in describe_missing_truth(pairs, config.max_flow):
+            print(f"train_flow.py: warning: {line}", file=sys.stderr)
     bar = tqdm(
         total=config.max_train_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
     )
@@ -115,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             outlive_no_launcher()
             train(run, optimizer, schedule)
         if accelerator.is_main_process:
-            write_run(output_dir, unwrap(accelerator, prepared), run.record())
+            write_run(output_dir, run.published_model, run.record())
             print(f"weights, model card and log are in {output_dir}")
     except Stopped as stopped:
         bar.close()
@@ -168,6 +172,8 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
         skipped = accelerator.optimizer_step_was_skipped  # fp16 overflow
         if not skipped:
             schedule.step()  # not prepared: a prepared one steps once per *process*
+            if progress.ema is not None:
+                progress.ema.update(unwrap(accelerator, model))
         step = progress.step = progress.step + 1
         run.step_sums.end_step(grad_norm, skipped)
         run.bar.update()
@@ -177,7 +183,8 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
         validating = bool(run.validation) and (step % config.validation_steps == 0 or last)
         saving = step % config.checkpointing_steps == 0
         stopping = run.stop.agreed() is not None
-        if logging_now or validating or saving or stopping or last:
+        checking = step % MAX_STEPS_WITHOUT_TRUTH == 0
+        if logging_now or validating or saving or stopping or last or checking:
             run.look()
         if logging_now:
             run.log_training(
@@ -196,8 +203,10 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
             run.upload()
         logged += time.perf_counter() - paused  # neither is training time
     run.bar.close()
+    if schedule.last_epoch == 0:
+        raise NothingLearnedError("every step was skipped, because its gradients overflowed in fp16: use bf16, or no")
     if run.validation and not run.reports:  # a finished run was resumed: its card still needs the figures
-        run.reports = evaluate_sets(unwrap(accelerator, model), run.validation, accelerator)
+        run.reports = evaluate_sets(run.published_model, run.validation, accelerator)
         run.reports_step = progress.step
 
 

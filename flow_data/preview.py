@@ -159,14 +159,21 @@ def describe(source: str, split: str, num_pairs: int, statistics: Statistics) ->
     sizes = ", ".join(f"{height} x {width} ({count})" for (height, width), count in statistics.sizes.most_common(5))
     more = len(statistics.sizes) - 5
     seen = "all of them" if statistics.num_pairs == num_pairs else f"{statistics.num_pairs} of them, evenly apart"
+    speed = mean_flow = "-"
+    if statistics.share_valid > 0:
+        speed = (
+            f"mean {statistics.mean_speed:.2f} px, median {statistics.median_speed:.2f}, "
+            f"95 % below {statistics.high_speed:.2f}, max {statistics.max_speed:.2f}"
+        )
+        mean_flow = f"x {statistics.mean_flow[0]:+.2f} px, y {statistics.mean_flow[1]:+.2f} px"
+    nothing = "" if statistics.share_valid > 0 else ": no pixel has valid ground truth, there is nothing to learn from"
     return "\n".join(
         [
             f"{source}, split {split}: {num_pairs} pairs; figures of {seen}",
             f"  size (h x w)  {sizes}{f' and {more} more' if more > 0 else ''}",
-            f"  speed         mean {statistics.mean_speed:.2f} px, median {statistics.median_speed:.2f}, "
-            f"95 % below {statistics.high_speed:.2f}, max {statistics.max_speed:.2f}",
-            f"  mean flow     x {statistics.mean_flow[0]:+.2f} px, y {statistics.mean_flow[1]:+.2f} px",
-            f"  valid         {100 * statistics.share_valid:.1f} %",
+            f"  speed         {speed}",
+            f"  mean flow     {mean_flow}",
+            f"  valid         {100 * statistics.share_valid:.1f} %{nothing}",
         ]
     )
 
@@ -183,10 +190,10 @@ def draw_row(name: str, samples: list[FlowSample]) -> np.ndarray:
     """
     rows = []
     for sample in samples:
-        longest = np.linalg.norm(sample.flow, axis=-1).max()
+        longest = f"up to {np.linalg.norm(sample.flow, axis=-1).max():.0f} px" if sample.valid.any() else "not valid"
         colors = hide_unknown(draw_flow(torch.from_numpy(sample.flow).permute(2, 0, 1)), sample.valid)
         height, width = sample.valid.shape
-        captions = (name if sample is samples[0] else "augmented", f"{height} x {width}", f"up to {longest:.0f} px")
+        captions = (name if sample is samples[0] else "augmented", f"{height} x {width}", longest)
         pictures = (sample.image1, sample.image2, colors)
         rows.append(join_row([_cell(*cell) for cell in zip(pictures, captions, strict=True)]))
     side_by_side = join_row(rows)

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from flow_training.config import read_yaml
+from flow_training.ema import ExponentialMovingAverage
+from modeling_raft import RaftForOpticalFlow
 
+logger = get_logger(__name__)  # the main process speaks for all
 NAME = re.compile(r"checkpoint-(\d+)")
 SETTINGS = "settings.yaml"
 UNFINISHED, REMOVED = "unfinished-", "removed-"
@@ -23,14 +27,16 @@ class RunProgress:
 
     Args:
         num_sums: Length of the vector of sums behind the next log line.
+        ema: Average of the weights, with `ema_decay`.
     """
 
-    def __init__(self, num_sums: int):
+    def __init__(self, num_sums: int, ema: ExponentialMovingAverage | None = None):
         self.step = 0  # optimizer steps done
         self.sums = torch.zeros(num_sums, dtype=torch.float64)
-
+        self.ema = ema
         self.validation_due = False  # stopped after the step and before its validation
         self.bad_samples: dict[str, int] = {}  # what was wrong with pairs that were replaced -> how often
+        self.steps_without_truth = 0  # how many of the last steps in a row had no pixel that counts for the loss
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -38,6 +44,8 @@ class RunProgress:
             "sums": self.sums.tolist(),
             "validation_due": self.validation_due,
             "bad_samples": self.bad_samples,
+            "steps_without_truth": self.steps_without_truth,
+            "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -45,6 +53,14 @@ class RunProgress:
         self.sums = torch.tensor(state["sums"], dtype=torch.float64)
         self.validation_due = state["validation_due"]
         self.bad_samples = dict(state["bad_samples"])
+        self.steps_without_truth = state.get("steps_without_truth", 0)  # not in checkpoints of older versions
+        average = state.get("ema")  # likewise
+        if self.ema is not None and average is not None:
+            self.ema.load_state_dict(average)
+        elif self.ema is not None:
+            logger.warning("ema_decay: the checkpoint has no EMA weights; the EMA starts from its weights")
+        elif average is not None:
+            logger.warning("ema_decay is not set: the EMA weights of the checkpoint are dropped")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -150,8 +166,14 @@ def load_settings(checkpoint: Path) -> dict[str, Any]:
     return settings
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
+def load_checkpoint(accelerator: Accelerator, path: Path, progress: RunProgress, model: RaftForOpticalFlow) -> None:
     """Put every registered object of all processes back into the state saved in `path`.
+
+    Args:
+        accelerator: Whose registered objects are loaded.
+        path: Of the checkpoint.
+        progress: One of these objects.
+        model: The prepared model, unwrapped; an EMA that is not in the checkpoint starts from its weights.
 
     Raises:
         ValueError: It is damaged.
@@ -165,6 +187,8 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
         ) from error
     # accelerate counts passes over the whole run; with other passes a step it would be between two of them here.
     accelerator.step = 0
+    if progress.ema is not None and progress.ema.num_updates == 0:
+        progress.ema.restart(model)
 
 
 def remove_unfinished(output_dir: Path) -> None:

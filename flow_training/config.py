@@ -137,6 +137,11 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "Precision of the forward pass; default: what accelerate launch was given, else no."
     )
+    ema_decay: float | None = option(
+        None,
+        "Decay of an exponential moving average of the weights, which is then validated and saved as the final "
+        "model; default: no average.",
+    )
     seed: int = option(1234, "Of the weights, the order of the pairs and their augmentation.")
 
     # watching and keeping
@@ -250,6 +255,8 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm", "gamma", "max_flow"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, 0.999 say; got {self.ema_decay}")
 
     def zoom_ranges(self) -> dict[str, tuple[float, float]]:
         """`zoom_range` as a mapping, whichever way it was written."""

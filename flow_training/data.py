@@ -4,7 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flow_data.augmentation import augment_dense, augment_sparse
+from flow_data.features import to_sample
 from flow_data.hub_dataset import flow_is_sparse, load_hub_dataset
 from flow_data.images import undecoded
 from flow_data.sampling import MixSource, TrainingPairs
@@ -12,6 +15,8 @@ from flow_data.sources import SOURCES, has_ground_truth, is_sparse, load_source
 from flow_data.synthetic import synthetic
 from flow_training.config import TrainingConfig, split_validation_set
 from flow_training.evaluation import PROTOCOLS, Protocol
+
+CHECKED_PAIRS = 8  # of each source, at the start of a run
 
 
 def open_dataset(config: TrainingConfig, source: str, split: str) -> Any:
@@ -62,6 +67,33 @@ def training_pairs(config: TrainingConfig) -> TrainingPairs:
     ]
     noise_batch_size = config.total_batch_size if config.add_noise else None
     return TrainingPairs(sources, config.seed, noise_batch_size, config.skip_bad_samples)
+
+
+def describe_missing_truth(pairs: TrainingPairs, max_flow: float) -> list[str]:
+    """Which sources seem to have no ground truth to learn from: a line for each.
+
+    The first pairs of each source are loaded, as they are before augmentation, until one has a pixel that counts for
+    the loss: with valid flow, shorter than `max_flow` pixels. Pairs that cannot be read are left to the training.
+    """
+    lines = []
+    for name, rows, *_ in pairs.sources:
+        ids = []
+        for number in range(min(CHECKED_PAIRS, len(rows))):
+            try:
+                row = rows[number]
+                sample = to_sample(row)
+            except (ValueError, OSError):
+                continue
+            ids.append(str(row["id"]))
+            if (sample.valid & (np.hypot(*np.moveaxis(sample.flow, -1, 0)) < max_flow)).any():
+                break
+        else:
+            if ids:
+                lines.append(
+                    f"{name}: no pixel of its first {len(ids)} pair(s) ({', '.join(ids)}) has valid ground truth "
+                    f"below max_flow ({max_flow:g} px): there is nothing to learn from them"
+                )
+    return lines
 
 
 def validation_sets(config: TrainingConfig) -> list[tuple[str, Any, Protocol]]:

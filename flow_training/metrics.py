@@ -1,5 +1,7 @@
 """Errors of flow as sums and counts, which add up over batches and processes; ratios come at the end."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,8 @@ def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
         error < 1,
         error < 3,
         error < 5,
-        # error > 0.05 * length, not a quotient: the length may be 0
-        (error > 3) & (error > 0.05 * length),
+        # error > 0.05 * length, not a quotient: the length may be 0; put so that an error of NaN is an outlier
+        ~((error <= 3) | (error <= 0.05 * length)),
     ]
     zero = torch.zeros((), dtype=error.dtype, device=error.device)
     return torch.stack([torch.where(valid, column, zero).flatten(1).sum(1) for column in columns], dim=1)
@@ -52,6 +54,11 @@ def ratios(sums: Tensor) -> dict[str, float]:
     }
     figures["fl_all"] *= 100
     return figures
+
+
+def format_metric(value: float, digits: int = 3) -> str:
+    """A metric as text: "-" where it does not exist, as over no pixels."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def summarize(pair_sums: Tensor) -> dict[str, float]:

@@ -16,6 +16,7 @@ from flow_data.sources import SOURCES
 from flow_training.config import split_validation_set
 from flow_training.evaluation import PROTOCOLS
 from flow_training.hub import CARD, RUN_CONFIG, loaded_from, quoted
+from flow_training.metrics import format_metric
 from flow_training.model import model_size
 from modeling_raft import RaftForOpticalFlow
 
@@ -88,7 +89,12 @@ def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
         inherits=run_config["model_name_or_path"] is not None,
         training_data=_training_data(run_config),
         recipe={key: _cell(value) for key, value in run_config.items() if not key.startswith("hub_")},
+        ema_decay=run_config["ema_decay"],
         reports=record.reports,
+        cells={
+            set_name: [format_metric(report["metrics"][metric]) for metric in METRIC_NAMES]
+            for set_name, report in record.reports.items()
+        },
         seen={set_name: _seen_in_training(set_name, run_config) for set_name in record.reports},
         metric_names=METRIC_NAMES,
         step=f"{record.step:,}",

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -94,7 +95,11 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
 def _draw(axes: Axes, key: str, logs: dict[str, list[dict[str, Any]]]) -> None:
     drawn: list[float] = []
     for number, (name, lines) in enumerate(logs.items()):
-        points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+        points = [
+            (line["step"], math.nan if line[key] is None else line[key])  # null, and NaN in older logs: a gap
+            for line in lines
+            if isinstance(line.get(key, ""), (int, float, NoneType))
+        ]
         # One colour a run, also in panels where others have no figures.
         marker = "." if len(points) < MANY_POINTS else ""
         axes.plot(*_transposed(points), label=name, color=f"C{number}", marker=marker, linewidth=1)

@@ -1,5 +1,6 @@
 """A run under way: what is done with it between its steps, and how it ends when it must."""
 
+import math
 import shlex
 import signal
 import time
@@ -19,14 +20,23 @@ from flow_training.batches import WORKER, DataError, describe_dead_worker, save_
 from flow_training.checkpoints import RunProgress, list_checkpoints, save_checkpoint
 from flow_training.config import TrainingConfig, without_token
 from flow_training.evaluation import EvaluationStopped, Protocol, draw_sets, evaluate_sets
-from flow_training.metrics import ratios
+from flow_training.metrics import format_metric, ratios
 from flow_training.model_card import RunRecord
 from flow_training.model_folder import write_model_folder
 from flow_training.processes import describe_devices, unwrap
 from flow_training.run_log import RunLog
-from flow_training.step_sums import NotFiniteError, StepSums
+from flow_training.step_sums import STEP_SUMS, NotFiniteError, StepSums
 from flow_training.stopping import StopRequest
 from flow_training.uploads import Uploads
+from modeling_raft import RaftForOpticalFlow
+
+# A run whose ground truth is sparse has steps by chance in which no pixel counts, but never so many in a row.
+MAX_STEPS_WITHOUT_TRUTH = 100
+COUNT = STEP_SUMS.index("count")
+
+
+class NothingLearnedError(ArithmeticError):
+    """The loss of many steps in a row, or of all, says nothing about the model."""
 
 
 class Stopped(Exception):
@@ -63,17 +73,44 @@ class Run:
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
+    @property
+    def published_model(self) -> RaftForOpticalFlow:
+        """The model that is validated and published: with `ema_decay` the average of the weights, else the weights."""
+        ema = self.progress.ema
+        return unwrap(self.accelerator, self.model) if ema is None else ema.model
+
     def look(self) -> None:
         """Take over the figures of the steps so far. Until here, nothing waits for the device."""
         mean, total = (partial(self.accelerator.reduce, reduction=reduction) for reduction in ("mean", "sum"))
         for row in self.step_sums.flush(self.progress.step, mean, total):
             self.progress.sums += row  # one by one: the sum must not depend on when one looks
+            self._require_ground_truth(num_pixels=row[COUNT].item())
         if self.config.skip_bad_samples:
             for fault in gather_object(self.replaced):
                 if fault not in self.progress.bad_samples and self.accelerator.is_main_process:
                     self.bar.write(f"step {self.progress.step}: took another pair for a bad one: {fault}")
                 self.progress.bad_samples[fault] = self.progress.bad_samples.get(fault, 0) + 1
             self.replaced.clear()
+
+    def _require_ground_truth(self, num_pixels: float) -> None:
+        """Stop a run that has nothing to learn from.
+
+        Args:
+            num_pixels: Pixels that counted for the loss of a step.
+
+        Raises:
+            NothingLearnedError: None has in too many steps in a row, or in any step of a shorter run.
+        """
+        progress = self.progress
+        progress.steps_without_truth = 0 if num_pixels > 0 else progress.steps_without_truth + 1
+        if progress.steps_without_truth >= min(MAX_STEPS_WITHOUT_TRUTH, self.config.max_train_steps):
+            names = ", ".join(source.name for source in self.pairs.sources)
+            raise NothingLearnedError(
+                f"there is nothing to learn from: no pixel counted for the loss in {progress.steps_without_truth} "
+                f"steps in a row, that is none had valid ground truth below max_flow ({self.config.max_flow:g} px). "
+                f"Check the ground truth of {names} with python -m flow_data.preview: is it marked as invalid, or in "
+                "another unit than pixels? If the motion is that large, raise --max_flow"
+            )
 
     def log_training(self, learning_rate: float, pairs_per_second: float) -> None:
         """Write the means since the last line of the log; the learning rate is that of the last step."""
@@ -91,14 +128,14 @@ class Run:
             "pairs_per_second": pairs_per_second,
         }
         self.write(figures)
-        self.bar.set_postfix_str(
-            f"loss {figures['loss']:.3f}, epe {figures['epe']:.3f} px, {pairs_per_second:.1f} pairs/s"
-        )
+        epe = format_metric(figures["epe"])
+        self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, epe {epe} px, {pairs_per_second:.1f} pairs/s")
         self.progress.sums.zero_()
 
     def write(self, figures: dict[str, float]) -> None:
         """Send figures of this step to the log and the trackers."""
-        self.accelerator.log(figures, step=self.progress.step)
+        existing = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self.accelerator.log(existing, step=self.progress.step)
         if self.log is not None:
             self.log.write({"step": self.progress.step, **figures})
 
@@ -108,7 +145,7 @@ class Run:
         Raises:
             Stopped: A signal came; a checkpoint is saved from which the validation is done first.
         """
-        model, step = unwrap(self.accelerator, self.model), self.progress.step
+        model, step = self.published_model, self.progress.step
         self.progress.validation_due = True
         try:
             self.reports = evaluate_sets(model, self.validation, self.accelerator, self.stop.agreed)
@@ -128,8 +165,8 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         for name, report in self.reports.items():
-            epe, zero = report["metrics"]["epe"], report["zero_flow_epe"]
-            self.bar.write(f"step {step}: {name} epe {epe:.3f} px (zero flow: {zero:.3f})")
+            epe, zero = format_metric(report["metrics"]["epe"]), format_metric(report["zero_flow_epe"])
+            self.bar.write(f"step {step}: {name} epe {epe} px (zero flow: {zero})")
         if "tensorboard" in [tracker.name for tracker in self.accelerator.trackers]:
             writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
             for name, picture in draw_sets(model, self.validation, self.accelerator).items():
@@ -155,7 +192,7 @@ class Run:
         """Begin to push the weights of this step in the background."""
         if self.uploads is None:
             return
-        step, model = self.progress.step, unwrap(self.accelerator, self.model)
+        step, model = self.progress.step, self.published_model
         description = f"Step {step} of {self.config.max_train_steps}"
         self.uploads.start(step, description, lambda folder: write_model_folder(folder, model, self.record()))
 
@@ -177,6 +214,8 @@ class Run:
                 f"{error}; its pairs: {', '.join(ids)}, as they were trained on in {path}. Checkpoints are as they "
                 "were. Look at these pairs; if they are sound, lower the learning rate or train without fp16."
             )
+        if isinstance(error, NothingLearnedError):
+            return str(error)
         if isinstance(error, DataError):
             if self.accelerator.num_processes > 1 or self.progress.step == 0:  # the others would have to take part
                 return str(error)

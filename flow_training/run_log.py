@@ -1,9 +1,11 @@
-"""train_log.jsonl: one JSON object a line, each step once, also after a resume."""
+"""train_log.jsonl: one JSON object a line, each step once, also after a resume; null for what does not exist."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from flow_training.strict_json import to_json
 
 FILE_NAME = "train_log.jsonl"
 
@@ -29,7 +31,7 @@ class RunLog:
         unfinished = self.path.with_name(f"unfinished-{FILE_NAME}")
         try:
             with unfinished.open("w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
+                file.writelines(to_json(line) + "\n" for line in kept)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, self.path)
@@ -46,7 +48,7 @@ class RunLog:
         """
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+                file.write(to_json(figures) + "\n")
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error}") from error
 

@@ -2,13 +2,14 @@
 
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from flow_training.config import TrainingConfig
 from flow_training.model import make_new_model
-from flow_training.stages import Curriculum
+from flow_training.stages import Curriculum, Stage
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 
@@ -21,7 +22,7 @@ def kept_checkpoints(config: TrainingConfig) -> list[int]:
 def disk_needed(config: TrainingConfig, weights: int, parameters: int) -> int:
     """Bytes that a run needs at most at one time.
 
-    A checkpoint is the weights and two moments of AdamW. The oldest is removed only when a new one is written.
+    The oldest checkpoint is removed only when a new one is written.
 
     Args:
         config: The run.
@@ -30,7 +31,12 @@ def disk_needed(config: TrainingConfig, weights: int, parameters: int) -> int:
     """
     kept = len(kept_checkpoints(config))
     written = config.max_train_steps // config.checkpointing_steps
-    return weights + (kept + (written > kept)) * (weights + 2 * parameters)
+    return weights + (kept + (written > kept)) * checkpoint_bytes(config, weights, parameters)
+
+
+def checkpoint_bytes(config: TrainingConfig, weights: int, parameters: int) -> int:
+    """Bytes of a checkpoint: the weights, their average if the run keeps one, and two moments of AdamW."""
+    return weights * (1 if config.ema_decay is None else 2) + 2 * parameters
 
 
 def model_bytes(config: TrainingConfig) -> tuple[int, int]:
@@ -81,7 +87,7 @@ def describe_plan(curriculum: Curriculum) -> str:
     lines = [
         _align(rows, right={1, 2, 3, 6}),
         "",
-        f"model: {parameters // 4:,} parameters; every checkpoint {_megabytes(weights + 2 * parameters)}",
+        f"model: {parameters // 4:,} parameters; {_describe_sizes(stages, weights, parameters)}",
         f"each stage: {launch}",
         f"free in {stages[0].output_dir}: {_megabytes(free)}",
     ]
@@ -97,6 +103,11 @@ def _describe_checkpoints(config: TrainingConfig) -> str:
     written = config.max_train_steps // config.checkpointing_steps
     last = f", the last {len(kept)} kept" if len(kept) < written else ""
     return f"{written}: every {config.checkpointing_steps:,}{last}"
+
+
+def _describe_sizes(stages: Sequence[Stage], weights: int, parameters: int) -> str:
+    sizes = sorted({checkpoint_bytes(stage.config, weights, parameters) for stage in stages})
+    return f"every checkpoint {' or '.join(map(_megabytes, sizes))}"  # two where some stages keep an average
 
 
 def _megabytes(count: int) -> str:

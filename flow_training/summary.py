@@ -43,6 +43,8 @@ def describe_run(
         f"of {config.crop_size[0]} x {config.crop_size[1]} crops",
         f"precision   {config.mixed_precision}, on {devices}",
     ]
+    if config.ema_decay is not None:
+        lines.append(f"EMA         of the weights, decay {config.ema_decay}: validated and saved as the final model")
     if validation_counts:
         sets = "; ".join(f"{name}: {count:,} pairs" for name, count in validation_counts.items())
         lines.append(f"validation  {sets}: every {config.validation_steps:,} steps and at the end")

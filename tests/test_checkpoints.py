@@ -62,6 +62,14 @@ def test_log_has_each_step_once_after_a_resume(tmp_path):
     assert first == {"step": 2, "loss": 2 / 3}  # unrounded
 
 
+def test_numbers_that_do_not_exist_are_null(tmp_path):
+    """Also those of a log that an older version has written."""
+    (tmp_path / FILE_NAME).write_text('{"step": 1, "epe": NaN, "list": [Infinity, 1]}\n')
+    RunLog(tmp_path, 1).write({"step": 2, "epe": float("nan"), "loss": -0.0})
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
+    assert lines == [{"step": 1, "epe": None, "list": [None, 1]}, {"step": 2, "epe": None, "loss": 0}]
+
+
 def test_a_damaged_line_costs_no_other(tmp_path):
     path = tmp_path / FILE_NAME
     path.write_bytes(b'{"step": 1, "loss": 1.0}\n\xff\x00{"st\n[3]\n{"step": 4, "loss": 4.0}\n{"loss": 5.0}\n')

@@ -393,6 +393,8 @@ def test_checkpoints_and_disk_in_closed_form(steps, every, limit, kept, at_once)
     config = parse_config(words)
     assert kept_checkpoints(config) == kept
     assert disk_needed(config, weights=110, parameters=100) == 110 + at_once * 310
+    averaging = parse_config([*words, "--ema_decay", "0.9"])
+    assert disk_needed(averaging, weights=110, parameters=100) == 110 + at_once * 420
 
 
 @pytest.mark.slow

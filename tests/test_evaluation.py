@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,15 +208,20 @@ def test_figures_are_those_of_the_written_flow(model_dir, sintel, tmp_path):
     assert [pair["fl_all"] for pair in report["per_pair"]] == pytest.approx([100 * each.mean() for each in outlier])
 
 
-def test_a_pair_without_known_flow_has_null_figures(model_dir, middlebury, tmp_path):
+def test_a_pair_without_known_flow_has_null_figures(model_dir, middlebury, tmp_path, capsys):
     """JSON has no NaN; what a reader of another language could not read must not be written."""
     flow = middlebury / "other-gt-flow"
     arguments = f"--model {model_dir} --dataset middlebury --data_dir {middlebury} --num_flow_updates 1"
     write_flow(flow / "B/flow10.flo", np.zeros((64, 64, 2), np.float32), np.zeros((64, 64), bool))
     run(arguments, f"--output {tmp_path / 'one.json'}")
+    printed = capsys.readouterr().out
+    assert "no pixel of 1 pair(s) has valid ground truth, they do not count: B" in printed
     write_flow(flow / "A/flow10.flo", np.zeros((66, 81, 2), np.float32), np.zeros((66, 81), bool))
     write_flow(flow / "C/flow10.flo", np.zeros((90, 70, 2), np.float32), np.zeros((90, 70), bool))
     run(arguments, f"--output {tmp_path / 'all.json'}")
+    printed = capsys.readouterr().out
+    assert "no pixel of these pairs has valid ground truth: there is nothing to compare the flow with" in printed
+    assert "nan" not in printed and re.search(r"epe_per_image +-\n", printed) and "(zero flow: epe -)" in printed
     one, all_ = ((tmp_path / name).read_text() for name in ("one.json", "all.json"))
     assert "NaN" not in one + all_
     assert [pair["epe"] is None for pair in json.loads(one)["per_pair"]] == [False, True, False]

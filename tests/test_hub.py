@@ -94,7 +94,9 @@ def test_card_of_a_run_that_measured_nothing_claims_nothing(tmp_path):
 
 def test_a_figure_of_no_pixel_is_no_result(tmp_path):
     reports = {"kitti_2015": REPORT | {"metrics": REPORT["metrics"] | {"fl_all": math.nan}}}
-    data = ModelCard(write(tmp_path / "run", reports=reports)).data
+    card = write(tmp_path / "run", reports=reports)
+    assert "| 1.500 | 2.500 | - | 13.000 |" in card
+    data = ModelCard(card).data
     assert {result.metric_type for result in data.eval_results} == {"epe", "epe_per_image", "fl_all_per_image"}
 
 

@@ -33,6 +33,7 @@ SETTINGS = {
     "checkpointing_steps": "3",
     "validation_sets": "synthetic",
     "validation_steps": "2",
+    "ema_decay": "0.5",
 }
 TOKEN = "hf_a_secret"
 SECONDS = 120.0
@@ -124,7 +125,8 @@ def test_each_save_and_the_end_come_to_the_hub_and_training_waits_for_neither(ru
     assert set(first) == set(last) == PUBLISHED
     for name, content in last.items():
         assert content == (output_dir / name).read_bytes(), name
-    weights, saved = load_bytes(first["model.safetensors"]), load_file(output_dir / "checkpoint-3/model.safetensors")
+    weights = load_bytes(first["model.safetensors"])
+    saved = torch.load(output_dir / "checkpoint-3/custom_checkpoint_1.pkl")["ema"]["model"]
     assert weights.keys() == saved.keys() and all(torch.equal(weights[name], saved[name]) for name in saved)
     early, final = first["README.md"].decode(), last["README.md"].decode()
     assert "step 3 of 9: its training is not finished" in early and "3 of 9 optimizer steps" in early

@@ -74,6 +74,13 @@ def test_pairs_without_a_valid_pixel():
     assert math.isnan(summarize(torch.zeros(2, len(ERROR_SUMS)))["epe"])
 
 
+def test_a_prediction_that_is_not_finite_is_an_outlier():
+    flow_pred, flow_gt, valid = pairs(6)
+    flow_pred[:] = torch.nan
+    figures = summarize(error_sums(flow_pred, flow_gt, valid))
+    assert math.isnan(figures["epe"]) and figures["fl_all"] == 100 and figures["5px"] == 0
+
+
 def test_thresholds_are_strict():
     flow_gt = torch.zeros(1, 2, 1, 4)
     flow_pred = torch.tensor([1.0, 3.0, 5.0, 3.0])[None, None, None] * torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)

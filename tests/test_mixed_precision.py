@@ -302,7 +302,8 @@ def run_in_float16(monkeypatch):
 @pytest.mark.slow
 def test_a_run_skips_steps_that_overflow_in_float16(run_in_float16, tmp_path):
     num_steps = 32
-    scaler = run_in_float16(tmp_path / "whole", max_train_steps=str(num_steps), checkpointing_steps="4")
+    fixed = {"max_train_steps": str(num_steps), "checkpointing_steps": "4", "ema_decay": "0.9"}
+    scaler = run_in_float16(tmp_path / "whole", **fixed)
     scales, learning_rates, changed = zip(*scaler.steps, strict=True)
     assert len(scaler.steps) == num_steps  # skipped ones are counted
     first = changed.index(True)
@@ -333,12 +334,21 @@ def test_a_run_skips_steps_that_overflow_in_float16(run_in_float16, tmp_path):
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert all((line["grad_norm"] > 0) == taken for line, taken in zip(lines, changed, strict=True))
 
+    progress = torch.load(tmp_path / "whole" / f"checkpoint-{num_steps}" / "custom_checkpoint_1.pkl")
+    assert progress["ema"]["num_updates"] == changed.count(True)  # nor does it count for the average of the weights
+
     # The scale, and how long it has been good for, are part of a checkpoint: in the middle of the skipped steps too.
     for start in (4, 24):
         again = tmp_path / f"from-{start}"
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{start}")
-        settings = {"max_train_steps": str(num_steps), "resume_from_checkpoint": checkpoint}
-        resumed = run_in_float16(again, checkpointing_steps="4", **settings)
+        resumed = run_in_float16(again, resume_from_checkpoint=checkpoint, **fixed)
         assert resumed.steps == scaler.steps[start:]
         ours, theirs = (load_file(path / "model.safetensors") for path in (again, tmp_path / "whole"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+def test_a_run_whose_every_step_overflows_publishes_nothing(run_in_float16, tmp_path):
+    with pytest.raises(SystemExit, match="every step was skipped"):
+        run_in_float16(tmp_path / "run", max_train_steps="2")
+    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -1,6 +1,7 @@
 """Curves of runs: what is drawn is what the logs say."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_lines_are_the_logs():
         for name, log in logs.items():
             assert lines[name] == [(line["step"], line[key]) for line in log if key in line], (key, name)
     assert len(panels["loss"]["other"]) == 9 and panels["validation/kitti_2015/epe"]["one"] == []
+
+
+def test_what_does_not_exist_is_a_gap():
+    """null, and NaN in logs of older versions."""
+    log = [{"step": step, "epe": value} for step, value in enumerate([4.0, None, 2.0, math.nan, 1.0], 1)]
+    (line,) = [line for axes in plot_runs({"run": log}).axes if axes.get_gid() == "epe" for line in axes.get_lines()]
+    assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
+    assert [None if math.isnan(value) else value for value in line.get_ydata()] == [4, None, 2, None, 1]
 
 
 def test_a_run_has_one_colour_in_every_panel_and_the_legend():

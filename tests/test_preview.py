@@ -41,12 +41,15 @@ def test_figures_are_those_of_all_known_pixels(root):
     assert statistics.high_speed == pytest.approx(np.quantile(speed, 0.95), rel=0.04)
 
 
-def test_unknown_flow_gives_no_figures(tmp_path):
+def test_unknown_flow_gives_no_figures(tmp_path, capsys):
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a_img1.png")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a_img2.png")
     write_flow(tmp_path / "a_flow.flo", np.zeros((8, 8, 2), np.float32), np.zeros((8, 8), bool))
     statistics = measure(load_source("pairs", tmp_path), [0])
     assert statistics.share_valid == 0 and statistics.max_speed == 0 and statistics.mean_speed == 0
+    main(["pairs", "--data_dir", str(tmp_path), "--output", str(tmp_path / "a.png"), "--crop_size", "8", "8"])
+    printed = capsys.readouterr().out
+    assert "  speed         -\n  mean flow     -\n" in printed and "0.0 %: no pixel has valid ground truth" in printed
 
 
 @pytest.mark.parametrize(("length", "wanted", "expected"), [(10, 4, [0, 3, 6, 9]), (3, 5, [0, 1, 2]), (9, 1, [0])])
