@@ -15,8 +15,8 @@ import numpy as np
 LEVELS = np.arange(256) / 255
 STEADY = 0.45  # share of pairs with one exposure for both frames, as most cameras keep it
 TONE = (0.3, 0.15, 0.06, 0.06, 0.06)  # standard deviations over pairs: log gamma, log gain, those of the channels
-CHANGE = 0.06  # standard deviation of the logarithms of gain and gamma between frames, at strength 1
-STRONG_CHANGE = (0.1, 3.0)  # share of pairs that change so many times more
+CHANGE = 0.035  # standard deviation of the logarithms of gain and gamma between frames, at strength 1
+STRONG_CHANGE = (0.1, 5.0)  # share of pairs that change so many times more
 LIGHT = 0.2  # share of pairs whose light falls differently in both frames
 SHADOW = 0.12  # share of pairs with a shadow's edge that moves on its own
 FOG = 0.08  # share of pairs
@@ -61,6 +61,8 @@ def draw_appearances(rng: np.random.Generator, strength: float) -> tuple[Appeara
         rng: Source of the random numbers.
         strength: 0 leaves both frames as they are painted, 1 is the default; it scales every effect.
     """
+    if strength == 0:
+        return Appearance(), Appearance()
     change = strength * CHANGE
     if rng.random() < STRONG_CHANGE[0]:
         change *= STRONG_CHANGE[1]
@@ -68,13 +70,13 @@ def draw_appearances(rng: np.random.Generator, strength: float) -> tuple[Appeara
         change = 0.0
     tone = strength * rng.normal((0.1, 0, 0, 0, 0), TONE)
     tones = [tone + change * rng.normal(size=5) * (1, 1, 0.4, 0.4, 0.4) for _ in range(2)]
-    frames = [Appearance(curves=make_curves(tone) if strength else None) for tone in tones]
+    frames = [Appearance(curves=make_curves(tone)) for tone in tones]
 
     if rng.random() < LIGHT:
         spread = 0.25 * strength * rng.random()
         base = rng.normal(size=(3, 3))
         frames = [
-            frame._replace(light=np.exp(spread * (base + 0.4 * rng.normal(size=(3, 3)))).astype(np.float32))
+            frame._replace(light=np.exp(spread * (base + 0.25 * rng.normal(size=(3, 3)))).astype(np.float32))
             for frame in frames
         ]
     if rng.random() < SHADOW:
@@ -97,7 +99,7 @@ def draw_appearances(rng: np.random.Generator, strength: float) -> tuple[Appeara
     if rng.random() < NOISE[0]:
         sigma = strength * np.exp(rng.uniform(*np.log(NOISE[1:])))
         frames = [frame._replace(noise=(sigma, int(rng.integers(NOISE_TILE)))) for frame in frames]
-    if strength and rng.random() < JPEG[0]:
+    if rng.random() < JPEG[0]:
         quality = int(100 - strength * (100 - rng.integers(*JPEG[1:])))
         frames = [frame._replace(quality=quality) for frame in frames]
     return frames[0], frames[1]
@@ -132,7 +134,7 @@ def apply_appearance(image: np.ndarray, appearance: Appearance) -> np.ndarray:
     if appearance.noise is not None:
         sigma, start = appearance.noise
         noise = noise_tile().take(np.arange(start, start + image.size), mode="wrap").reshape(image.shape)
-        image = cv2.addWeighted(image, 1.0, noise, sigma, 0.5, dtype=cv2.CV_8U)
+        image = cv2.addWeighted(image, 1.0, noise, sigma, 0, dtype=cv2.CV_8U)
     if appearance.quality is not None:
         _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, appearance.quality])
         image = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))

@@ -4,6 +4,7 @@ Shapes: `H W` frame, `h w` box in it. Points are (x, y), pixel centers whole num
 right).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -11,11 +12,15 @@ import numpy as np
 
 from flow_data.synthetic_motion import STILL, Motion, project
 from flow_data.synthetic_scenes import Layer
+from flow_data.synthetic_textures import SMALLEST_WINDOW
 
 SUPERSAMPLING = 4  # per axis, for anti-aliased edges
 GRID_STEP = 4  # pixels between the points at which the inverse of a deformation is computed; cubic in between
 BLUR_STEP = 1.5  # pixels between the positions that motion blur averages
 MAX_BLUR_STEPS = 12
+MOST_MIRRORED = 16  # mirror images of a window in a row
+SHARPNESS = 0.6  # of receding planes: 1 never aliases but blurs them across, as reductions are isotropic
+MIRRORED = cv2.BORDER_REFLECT  # whose period is the same for a window and its reductions
 
 
 class Masks(NamedTuple):
@@ -128,23 +133,33 @@ def fill(layer: Layer, motion: Motion, left: int, top: int, size: tuple[int, int
     offset = np.eye(3)
     offset[:2, 2] = left, top
     if motion.waves is not None:
-        columns, rows = (np.arange(-2, side // GRID_STEP + 4) * GRID_STEP for side in size[::-1])
-        grid = np.stack(np.meshgrid(columns + left, rows + top), axis=-1).astype(float)
-        coarse = project(layer.to_texture, motion.backward(grid)).astype(np.float32)
-        enlarge = np.array([[1 / GRID_STEP, 0, 2], [0, 1 / GRID_STEP, 2]])
-        flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        places = cv2.warpAffine(coarse, enlarge, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
-        x, y = cv2.split(places)
-        return cv2.remap(layer.window, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
+        rows, columns = (enlarging(side) for side in size)
+        x, y = (np.arange(-1, matrix.shape[1] - 1) * float(GRID_STEP) for matrix in (columns, rows))
+        coarse = project(layer.to_texture, motion.backward(np.stack(np.meshgrid(x + left, y + top), axis=-1)))
+        x, y = (rows @ coarse[..., axis].astype(np.float32) @ columns.T for axis in (0, 1))
+        return cv2.remap(layer.window, x, y, cv2.INTER_CUBIC, borderMode=MIRRORED)
     matrix = layer.to_texture @ np.linalg.inv(motion.matrix) @ offset
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     matrix = matrix / np.abs(matrix[2]).max()
     if np.abs(matrix[2, :2] * size[::-1]).max() < 1e-7 * abs(matrix[2, 2]):
         affine = matrix[:2] / matrix[2, 2]
-        return cv2.warpAffine(layer.window, affine, size[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+        return cv2.warpAffine(layer.window, affine, size[::-1], flags=flags, borderMode=MIRRORED)
     if np.abs(matrix[2, :2] * size[::-1]).max() < 0.3 * abs(matrix[2, 2]):
-        return cv2.warpPerspective(layer.window, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+        return cv2.warpPerspective(layer.window, matrix, size[::-1], flags=flags, borderMode=MIRRORED)
     return _fill_receding(layer.window, matrix, size)
+
+
+@lru_cache(maxsize=512)
+def enlarging(length: int) -> np.ndarray:
+    """The matrix `(length, N)` float32 that interpolates from every GRID_STEP-th place, one before the first on.
+
+    Cubic convolution with a = -1/2 (Keys 1981), exact for parabolas; that of OpenCV, -3/4, is not even so for lines.
+    """
+    places = np.arange(length) / GRID_STEP + 1
+    distance = np.abs(places[:, None] - np.arange(int(places[-1]) + 3))
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    return np.where(distance < 1, near, np.where(distance < 2, far, 0)).astype(np.float32)
 
 
 def _fill_receding(window: np.ndarray, matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -153,35 +168,36 @@ def _fill_receding(window: np.ndarray, matrix: np.ndarray, size: tuple[int, int]
     Trilinear interpolation in a pyramid (Williams, "Pyramidal parametrics", 1983).
     """
     height, width = size
-    deepest = max(int(np.log2(min(window.shape[:2]))) - 3, 0)
+    deepest = 0
+    while all(side % 2 ** (deepest + 1) == 0 and side >> deepest > SMALLEST_WINDOW for side in window.shape[:2]):
+        deepest += 1
     x, y = np.meshgrid(np.linspace(0, width - 1, 9), np.linspace(0, height - 1, 17))
     mapped = matrix @ np.stack([x, y, np.ones_like(x)]).reshape(3, -1)
     depth = np.where(np.abs(mapped[2]) < 1e-9, 1e-9, mapped[2])
-    # derivative of (u, v) = mapped[:2] / depth by x and y
-    derivative = (matrix[:2, :2, None] - (mapped[:2] / depth)[:, None] * matrix[2, :2, None]) / depth
-    scale = np.abs(derivative).max(axis=(0, 1)) * 1.2
+    # Texture pixels per frame pixel: the derivative of mapped[:2] / depth by x and by y
+    steps = (matrix[:2, :2, None] - (mapped[:2] / depth)[:, None] * matrix[2, :2, None]) / depth
+    along_x, along_y = np.hypot(steps[0], steps[1])
+    scale = np.maximum(np.minimum(along_x, along_y), SHARPNESS * np.maximum(along_x, along_y))
     level = np.clip(np.log2(np.maximum(scale, 1e-6)), 0, deepest).reshape(x.shape).astype(np.float32)
     level = cv2.resize(level, (width, height), interpolation=cv2.INTER_LINEAR)
+    columns, rows = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    across, down, depth = ((row[0] * columns + row[2]) + row[1] * rows for row in matrix.astype(np.float32))
+    depth[np.abs(depth) < 1e-6] = 1e-6
+    # Where the plane is not drawn, as beyond the horizon, points may be anywhere; mirroring them would take long.
+    across, down = (
+        np.clip(place / depth, -MOST_MIRRORED * side, MOST_MIRRORED * side)
+        for place, side in ((across, window.shape[1]), (down, window.shape[0]))
+    )
     lowest, highest = int(level.min()), int(np.ceil(level.max()))
     result: np.ndarray = np.empty(0)
-    reduced = window
     for number in range(highest + 1):
         if number >= lowest:
-            shrink = np.diag([2.0**-number, 2.0**-number, 1])
-            shrink[:2, 2] = 0.5 * 2.0**-number - 0.5
-            layer = cv2.warpPerspective(
-                reduced,
-                shrink @ matrix,
-                (width, height),
-                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                borderMode=cv2.BORDER_REFLECT_101,
-            )
-            if number == lowest:
-                result = layer
-            else:
-                share = np.clip(level - (number - 1), 0, 1)
-                result = cv2.blendLinear(layer, result, share, 1 - share)
-        reduced = cv2.resize(reduced, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+            shrink = np.float32(2.0**-number)
+            x, y = ((place + np.float32(0.5)) * shrink - np.float32(0.5) for place in (across, down))
+            layer = cv2.remap(window, x, y, cv2.INTER_LINEAR, borderMode=MIRRORED)
+            share = np.clip(level - (number - 1), 0, 1)
+            result = layer if number == lowest else cv2.blendLinear(layer, result, share, 1 - share)
+        window = cv2.resize(window, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     return result
 
 

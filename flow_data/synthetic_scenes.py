@@ -42,7 +42,7 @@ SPREAD = 0.9  # of the logarithm of a shape's own speed, which makes the tail of
 FAST = (0.12, 3.0, 25.0)  # share of shapes that are faster still, and by which factors, log-uniform
 FASTEST = 0.2  # of the frame's diagonal: a shape's own displacement stays below; 100 px at 384x512 are 0.16
 SPIN = 0.35  # displacement of a shape's rim by its rotation and stretch, relative to its translation
-SHORTEST_WAVE = 24.0  # pixels, of the longest wave of a deformation
+SHORTEST_WAVE = 40.0  # pixels, of the longest wave of a deformation
 WAVE_SIZE = (0.1, 0.6)  # displacement by a deformation, relative to the translation
 
 
@@ -183,6 +183,7 @@ WALL = 0.55  # probability of a wall, for each side
 TRAVEL = (0.6, 0.75)  # shares of pairs in which the camera moves forward, forward or backward; else sideways
 TURN = (0.03, 0.08, 0.03)  # standard deviations of its pitch, yaw and roll, radians per unit of length
 MOVING = (0.5, 0.5)  # share of things that move on their own, and the standard deviation of how far, relative to it
+REDUCIBLE = 32  # windows of planes can be halved so often that one side of so many pixels becomes one
 MAX_TRAVEL = 0.5  # units of length between two frames
 MAX_APPROACH = 0.85  # of the distance to anything that is drawn: all of it stays before the camera
 
@@ -293,7 +294,9 @@ def _cover_plane(texture: Texture, plane: Plane, camera: np.ndarray, density: fl
     normal = np.array(plane.normal)
     first = np.array([0.0, 0, 1]) if normal[2] == 0 else np.array([1.0, 0, 0])
     axes = density * texture.scale * plane.distance * rotation(texture.angle) @ [first, np.cross(normal, first)]
-    middle = np.array(texture.window.shape[1::-1]) / 2
+    height, width = (side - side % REDUCIBLE if side > 2 * REDUCIBLE else side for side in texture.window.shape[:2])
+    texture = texture._replace(window=texture.window[:height, :width])
+    middle = np.array((width, height)) / 2
     to_texture = np.vstack([axes + np.outer(middle, normal), normal]) @ np.linalg.inv(camera)
     seen = plane.points @ camera.T
     rings = [seen[:, :2] / seen[:, 2:]]

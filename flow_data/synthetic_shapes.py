@@ -30,8 +30,9 @@ def draw_outline(rng: np.random.Generator, radius: float, kind: str | None = Non
     angle = rng.uniform(0, 2 * np.pi)
     if kind in UPRIGHT and rng.random() < 0.6:
         angle = np.pi / 2 * rng.integers(4) + rng.normal(0, 0.06)
+    rings = [ring * squeezed for ring in rings]
     longest = max(np.hypot(ring[:, 0], ring[:, 1]).max() for ring in rings)
-    return [radius / longest * (ring * squeezed) @ rotation(angle) for ring in rings]
+    return [radius / longest * ring @ rotation(angle) for ring in rings]
 
 
 def rotation(angle: float) -> np.ndarray:

@@ -21,6 +21,7 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", "
 PICTURE_ZOOM = (0.7, 2.0)  # picture pixels per frame pixel, where the picture is large enough
 PICTURE_ANGLE = (-0.2, 0.2)  # radians
 
+SMALLEST_WINDOW = 16  # pixels per side: a smaller one would be mirrored very often
 POOL_SIDE = 512  # pixels of an image of the pool
 POOL_LEVELS = 3  # of its pyramid, each half as large as the one before
 POOL_ZOOM = (0.3, 2.5)  # pool pixels per frame pixel: from blurred to as sharp as the frame can be
@@ -88,7 +89,9 @@ def cut_pool(
     scale = min(zoom / 2**level, 1.1)
     image = levels[level]
     turned = abs(np.cos(angle)) + abs(np.sin(angle))
-    height, width = (min(max(16, int(np.ceil(side * scale * turned)) + 8), image.shape[0]) for side in size)
+    height, width = (
+        min(max(SMALLEST_WINDOW, int(np.ceil(side * scale * turned)) + 8), image.shape[0]) for side in size
+    )
     top, left = rng.integers(0, image.shape[0] - height + 1), rng.integers(0, image.shape[1] - width + 1)
     window = image[top : top + height, left : left + width]
     flip = int(rng.integers(-1, 3))
@@ -369,7 +372,7 @@ def cut_picture(rng: np.random.Generator, picture: np.ndarray, size: tuple[float
 
     Colors stay as they are. Small pictures are enlarged.
     """
-    area = max(1, round(size[0])), max(1, round(size[1]))
+    area = max(SMALLEST_WINDOW, round(size[0])), max(SMALLEST_WINDOW, round(size[1]))
     fit = min(picture.shape[0] / area[0], picture.shape[1] / area[1])
     zoom = min(fit, np.exp(rng.uniform(*np.log(PICTURE_ZOOM))))
     height, width = max(1, int(area[0] * zoom)), max(1, int(area[1] * zoom))
