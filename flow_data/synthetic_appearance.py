@@ -68,7 +68,7 @@ def draw_appearances(rng: np.random.Generator, strength: float) -> tuple[Appeara
         change *= STRONG_CHANGE[1]
     elif rng.random() < STEADY:
         change = 0.0
-    tone = strength * rng.normal((0.1, 0, 0, 0, 0), TONE)
+    tone = strength * rng.normal((0.15, -0.03, 0, 0, 0), TONE)  # darker: clipped light has no texture
     tones = [tone + change * rng.normal(size=5) * (1, 1, 0.4, 0.4, 0.4) for _ in range(2)]
     frames = [Appearance(curves=make_curves(tone)) for tone in tones]
 

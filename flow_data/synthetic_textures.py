@@ -109,9 +109,9 @@ def recolor(rng: np.random.Generator, window: np.ndarray) -> np.ndarray:
     turn, saturation = rng.uniform(0, 2 * np.pi), rng.uniform(0, 1.2)
     if rng.random() < 0.5:
         turn = rng.normal(0, 0.3)
-    brightness = rng.uniform(20, 235)
+    brightness = rng.uniform(20, 220)
     contrast = np.exp(rng.uniform(np.log(0.3), np.log(1.4)))
-    room = 0.8 * min(brightness, 255 - brightness) + 12
+    room = 0.55 * min(brightness, 255 - brightness) + 10  # about two standard deviations are not clipped
     contrast = min(contrast, room / max(float(deviation.mean()), 1.0))
     gray = np.full((3, 3), 1 / 3)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
