@@ -14,7 +14,7 @@ from PIL import Image
 
 from flow_data.features import to_occlusion, to_sample
 from flow_data.synthetic import SyntheticOptions, render_pair, synthetic
-from flow_data.synthetic_appearance import apply_appearance, draw_appearances, draw_shutter
+from flow_data.synthetic_appearance import Appearance, apply_appearance, draw_appearances, draw_shutter
 from flow_data.synthetic_motion import (
     MAX_WAVE_STRAIN,
     STILL,
@@ -303,6 +303,19 @@ def test_camera_and_planes_obey_epipolar_geometry():
     assert fits[0] < 1e-3 < 0.03 < fits[1]
 
 
+def test_walls_stay_on_the_ground():
+    """The lower edge of a wall is on both planes, so that both must move it to the same place."""
+    walls = 0
+    for seed in range(12):
+        scene = draw_ego_motion(np.random.default_rng(seed), (120, 160), 0, cut, 0.0)
+        _, ground, *others = scene.motions(0.8 * scene.max_scale)
+        for layer, motion in zip(scene.layers[2:], others, strict=True):
+            walls += 1
+            edge = layer.rings[0][0] + np.linspace(0, 1, 9)[:, None] * (layer.rings[0][1] - layer.rings[0][0])
+            np.testing.assert_allclose(motion.forward(edge), ground.forward(edge), atol=1e-6)
+    assert walls > 5
+
+
 def test_only_rigid_backgrounds_move_by_a_homography():
     residuals = []
     for nonrigid in (0, 1):
@@ -482,6 +495,14 @@ def test_most_pairs_keep_their_brightness_and_some_do_not():
         effects |= {name for name, value in frames[0]._asdict().items() if value is not None and np.any(value != 0)}
     assert np.median(changes) < 4 and np.quantile(changes, 0.95) > 10
     assert effects >= {"blur", "noise", "quality"} and len(effects) == 7
+
+
+def test_noise_is_as_strong_as_drawn_and_changes_no_brightness():
+    gray = np.full((100, 120, 3), 100, np.uint8)
+    noisy = apply_appearance(gray, Appearance(noise=(6.0, 1234))).astype(float)
+    assert noisy.mean() == pytest.approx(100, abs=0.2) and noisy.std() == pytest.approx(6, rel=0.02)
+    other = apply_appearance(gray, Appearance(noise=(6.0, 99999))).astype(float)
+    assert abs(np.corrcoef(noisy.ravel(), other.ravel())[0, 1]) < 0.02  # frames have noise of their own
 
 
 def test_motion_blur_is_along_the_motion_and_as_long():
