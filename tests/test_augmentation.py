@@ -377,13 +377,19 @@ def test_whole_draws_follow_the_recipe():
 
 def test_erased_patches_follow_the_recipe():
     rng = np.random.default_rng(0)
-    drawn = [draw_patches(rng, (30, 40)) for _ in range(DRAWS)]
+    drawn = [draw_patches(rng, (30, 40), (400, 720)) for _ in range(DRAWS)]
     assert_share([len(patches) > 0 for patches in drawn], 0.5)
     assert_share([len(patches) == 2 for patches in drawn if patches], 0.5)
     patches = [patch for patches in drawn for patch in patches]
     for axis in (0, 1):
         assert {patch[axis].stop - patch[axis].start for patch in patches} == set(range(50, 100))
         assert {patch[axis].start for patch in patches} == set(range((30, 40)[axis]))
+
+
+def test_erased_patches_shrink_with_small_crops():
+    draws = [draw_patches(np.random.default_rng(seed), (30, 40), (92, 124)) for seed in range(DRAWS)]
+    sides = {patch[axis].stop - patch[axis].start for patches in draws for patch in patches for axis in (0, 1)}
+    assert min(sides) == 13 and max(sides) == 25  # a quarter of 50 to 99
 
 
 def test_erasing_touches_frame2_only_and_fills_its_mean():
