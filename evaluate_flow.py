@@ -27,7 +27,7 @@ from flow_data.flow_io import describe_loss
 from flow_data.images import undecoded
 from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
-from flow_data.synthetic import SyntheticOptions, synthetic
+from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
 from flow_data.whole_files import whole_file
 from flow_inference.devices import choose_device
 from flow_inference.pictures import compare
@@ -183,28 +183,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "true flow, predicted flow, error")  # fmt: skip
     parser.add_argument("--submission", type=Path, metavar="DIR", help="instead of a report, write the flow of the "
                         f"test split in the server's format; for {', '.join(SUBMISSIONS)}")  # fmt: skip
-    options = SyntheticOptions()
-    defaults = {
-        "synthetic_image_size": options.image_size,
-        "synthetic_displacement": options.displacement,
-        "synthetic_shapes": options.shapes,
-        "synthetic_num_pairs": 64,
-    }
-    group = parser.add_argument_group("synthetic pairs, as the training flags of the same names")
-    group.add_argument("--synthetic_image_size", type=int, nargs=2)
-    group.add_argument("--synthetic_displacement", type=float, nargs=2)
-    group.add_argument("--synthetic_shapes", type=int, nargs=2)
-    group.add_argument("--synthetic_num_pairs", type=int)
+    parser.add_argument("--synthetic_num_pairs", type=int, help="pairs of the synthetic split, default 64")
+    add_synthetic_flags(parser)
     args = parser.parse_args(argv)
     if args.dataset not in PROTOCOLS:
         parser.error(f"unknown dataset {args.dataset}{nearest(args.dataset, list(PROTOCOLS))}")
     if args.dataset != "synthetic" and args.data_dir is None:
         parser.error(f"--data_dir is missing: the folder of {args.dataset}")
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-        elif args.dataset != "synthetic":
-            parser.error(f"--{name} is for --dataset synthetic; {args.dataset} is read from files")
+    given = [*given_flags(args), *(["num_pairs"] if args.synthetic_num_pairs is not None else [])]
+    if given and args.dataset != "synthetic":
+        parser.error(f"--synthetic_{given[0]} is for --dataset synthetic; {args.dataset} is read from files")
+    if args.synthetic_num_pairs is None:
+        args.synthetic_num_pairs = 64
     for name in ("num_flow_updates", "batch_size", "synthetic_num_pairs"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -222,12 +212,7 @@ def open_dataset(args: argparse.Namespace, split: str):
     """The rows that the arguments name."""
     check_split(args.dataset, split)
     if args.dataset == "synthetic":
-        options = SyntheticOptions(
-            image_size=tuple(args.synthetic_image_size),
-            displacement=tuple(args.synthetic_displacement),
-            shapes=tuple(args.synthetic_shapes),
-            textures=args.data_dir,
-        )
+        options = SyntheticOptions(textures=args.data_dir, **given_flags(args))
         dataset = synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
     else:
         dataset = undecoded(load_source(args.dataset, args.data_dir, split))

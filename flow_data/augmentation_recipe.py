@@ -16,7 +16,8 @@ SPARSE_JITTER = JitterRange(0.3, 0.3, 0.3, 0.3 / 3.14)
 ASYMMETRIC_JITTER_PROBABILITY = 0.2  # dense only: the two frames get their own colours
 ERASE_PROBABILITY = 0.5
 ERASE_COUNT = (1, 2)  # rectangles, both ends included
-ERASE_SIDE = (50, 100)  # pixels, the end excluded
+ERASE_SIDE = (50, 100)  # pixels, the end excluded; of crops of ERASE_AREA and larger
+ERASE_AREA = 368 * 496  # the smallest published crop; half of a crop of 96 x 128 would vanish behind such patches
 RESIZE_PROBABILITY = 0.8
 STRETCH_PROBABILITY = 0.8  # dense only
 MAX_ZOOM = 5  # log2; a misread range would ask for frames that no memory holds
@@ -62,7 +63,7 @@ def draw_dense(
     _check(frame_size, crop_size, zoom_range)
     ways = 2 if rng.random() < ASYMMETRIC_JITTER_PROBABILITY else 1
     colors = tuple(draw_adjustments(rng, DENSE_JITTER) for _ in range(ways))
-    patches = draw_patches(rng, frame_size)
+    patches = draw_patches(rng, frame_size, crop_size)
     size = draw_size_dense(rng, frame_size, crop_size, zoom_range)
     return Augmentation(
         colors=colors,
@@ -85,7 +86,7 @@ def draw_sparse(
     """Draw what `augment_sparse` does, as `draw_dense`."""
     _check(frame_size, crop_size, zoom_range)
     colors = (draw_adjustments(rng, SPARSE_JITTER),)
-    patches = draw_patches(rng, frame_size)
+    patches = draw_patches(rng, frame_size, crop_size)
     size = draw_size_sparse(rng, frame_size, crop_size, zoom_range)
     return Augmentation(
         colors=colors,
@@ -98,14 +99,20 @@ def draw_sparse(
     )
 
 
-def draw_patches(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Draw the rectangles to erase in a frame of `size`, often none; some reach beyond the lower or right border."""
+def draw_patches(
+    rng: np.random.Generator, size: tuple[int, int], crop_size: tuple[int, int]
+) -> list[tuple[slice, slice]]:
+    """Draw the rectangles to erase in a frame of `size`, often none; some reach beyond the lower or right border.
+
+    For crops smaller than the published ones they are smaller in proportion.
+    """
     if rng.random() >= ERASE_PROBABILITY:
         return []
+    shrink = min(1.0, np.sqrt(crop_size[0] * crop_size[1] / ERASE_AREA))
     patches = []
     for _ in range(rng.integers(ERASE_COUNT[0], ERASE_COUNT[1] + 1)):
         top, left = rng.integers(0, size)
-        height, width = rng.integers(*ERASE_SIDE, size=2)
+        height, width = np.ceil(rng.integers(*ERASE_SIDE, size=2) * shrink).astype(int).tolist()
         patches.append((slice(top, top + height), slice(left, left + width)))
     return patches
 

@@ -1,6 +1,7 @@
 """Look at what a model will be fed: figures of a source, and a contact sheet of pairs before and after augmentation.
 
 python -m flow_data.preview kitti_2015 --data_dir datasets/KITTI --crop_size 288 960 --zoom_range -0.2 0.4 --no_flip
+python -m flow_data.preview synthetic --synthetic_displacement 1 60 --num_pairs 8
 """
 
 import argparse
@@ -20,6 +21,7 @@ from flow_data.features import FlowSample, to_sample
 from flow_data.images import undecoded
 from flow_data.pictures import draw_flow, hide_unknown, join_row, stack_rows
 from flow_data.sources import SOURCES, check_source, check_split, is_sparse, load_source
+from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
 
 CELL_HEIGHT = 128  # pixels of the contact sheet
 MAX_SHEET_WIDTH = 2000
@@ -55,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         split = args.split or SOURCES[args.source].training_split
-        dataset = load_source(args.source, args.data_dir, split)
+        if args.source == "synthetic":
+            dataset = synthetic(SyntheticOptions(textures=args.data_dir, **given_flags(args)), split)
+        else:
+            dataset = load_source(args.source, args.data_dir, split)
         rows = undecoded(dataset)
         statistics = measure(rows, spread(len(dataset), args.max_pairs))
         print(describe(args.source, split, len(dataset), statistics))
@@ -96,6 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--zoom_range", type=float, nargs=2, default=[-0.2, 0.5], help="log2, as in training")
     parser.add_argument("--no_flip", action="store_true", help="as in training")
     parser.add_argument("--seed", type=int, default=0, help="of the augmentation")
+    add_synthetic_flags(parser)
     args = parser.parse_args(argv)
     try:
         check_source(args.source)
@@ -103,6 +109,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             check_split(args.source, args.split)
     except ValueError as error:
         parser.error(str(error))
+    given = given_flags(args)
+    if given and args.source != "synthetic":
+        parser.error(f"--synthetic_{next(iter(given))} is for the source synthetic; {args.source} is read from files")
     if args.data_dir is None and args.source != "synthetic":
         parser.error(f"--data_dir is missing: the folder of {args.source}")
     if args.output is not None and args.output.suffix.lower() not in Image.registered_extensions():

@@ -1,32 +1,55 @@
-"""Image pairs with exactly known flow, drawn on the fly: textured shapes that move over a textured background.
+"""Image pairs with exactly known flow, drawn on the fly: textured layers that move before each other.
 
-As in FlyingChairs (Dosovitskiy et al., ICCV 2015) each layer has an affine motion, the shapes' on top of the
-background's. A layer is a contour filled with a texture; both lie in frame 1, and the layer's motion carries them to
-frame 2, where the depth order is the same. A pair is a pure function of (options, seed, split, index).
+A layer is a plane with a texture and an outline. It lies in frame 1, and its motion carries it to frame 2, where the
+depth order is the same; so the flow is known everywhere, where a pixel is hidden in frame 2, too. Scenes, motions,
+outlines, textures and what the camera makes of them each have a file of their own. A pair is a pure function of
+(options, seed, split, index).
 
-Shapes: `H W` frame, `h w` texture, `L` layers, the background first. Points are (x, y), pixel centres whole numbers.
+Shapes: `H W` frame, `L` layers, the background first.
 """
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import cv2
 import datasets
 import numpy as np
 from PIL import Image
 
 from flow_data.features import FlowSample
-from flow_data.synthetic_textures import cut_texture, draw_texture, list_pictures, read_picture
+from flow_data.synthetic_appearance import apply_appearance, draw_appearances, draw_shutter
+from flow_data.synthetic_motion import match_displacement, project
+from flow_data.synthetic_rendering import find_flow, find_masks, find_occlusion, paint
+from flow_data.synthetic_scenes import Cut, Scene, draw_ego_motion, draw_layered
+from flow_data.synthetic_textures import Pool, cut_picture, cut_pool, list_pictures, read_picture
 
 SPLITS = {"training": 0, "validation": 1, "all": 0}  # `all` leaves what is held out held out
-
-RADIUS_RANGE = (0.06, 0.25)  # of a shape, relative to the frame's sqrt(H * W)
-MAX_STRAIN = 0.5  # spectral norm of a motion's linear part less identity; below 1 every motion can be inverted
-SUPERSAMPLING = 4  # per axis, for anti-aliased edges
-TEXTURE_SCALE = (0.45, 0.75)  # texture pixels per frame pixel: enlarged, hence band-limited, in both frames
+POOL_SIZES = {"training": 256, "validation": 64, "all": 256}  # textures; about 1 MB of memory and 40 ms of time each
 PICTURES_PER_PAIR = 3  # of the user's, for all layers
-PICTURE_ANGLE = (-0.2, 0.2)  # radians
+SHARES = ("appearance", "nonrigid", "ego_motion")  # options between 0 and 1
+PROBES = 1500  # pixels, about, that the mean displacement is taken over when motions are scaled
+
+
+def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags `--synthetic_NAME` of the options but textures; each is None unless it is given."""
+    group = parser.add_argument_group("synthetic pairs, as the training flags of the same names")
+    group.add_argument("--synthetic_image_size", type=int, nargs=2, help="height and width")
+    group.add_argument("--synthetic_displacement", type=float, nargs=2, help="range of a pair's mean flow, pixels")
+    group.add_argument("--synthetic_shapes", type=int, nargs=2, help="range of the number of moving shapes")
+    group.add_argument(
+        "--synthetic_appearance", type=float, help="strength of exposure, light, blur and noise, 0 to 1"
+    )
+    group.add_argument("--synthetic_nonrigid", type=float, help="probability that a layer deforms")
+    group.add_argument("--synthetic_ego_motion", type=float, help="share of pairs with a travelling camera")
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Options that were given as flags of `add_synthetic_flags`, by their names in `SyntheticOptions`."""
+    values = {field.name: getattr(args, f"synthetic_{field.name}", None) for field in fields(SyntheticOptions)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -35,57 +58,54 @@ class SyntheticOptions:
 
     Attributes:
         image_size: (H, W), at least 32 px each.
-        displacement: (lowest, highest) mean length of the valid flow vectors of a pair in pixels, drawn log-uniformly.
+        displacement: (lowest, highest) mean length of the flow vectors of a pair in pixels, drawn log-uniformly.
+            Single objects move much farther: up to a fifth of the frame's diagonal.
         shapes: (fewest, most) foreground shapes.
         textures: Folder of pictures to cut textures from, searched recursively. None draws procedural textures.
+        appearance: Strength, 0 to 1, of what differs between the frames but motion: exposure, light, blur, noise.
+        nonrigid: Probability that a layer deforms smoothly on top of its motion.
+        ego_motion: Share of pairs whose camera travels through a scene of planes in depth, as in KITTI.
 
     Raises:
-        ValueError: If a range is reversed or a number too small.
+        ValueError: If a range is reversed or a number out of its range.
     """
 
     image_size: tuple[int, int] = (384, 512)  # that of FlyingChairs
-    displacement: tuple[float, float] = (2.0, 30.0)
-    shapes: tuple[int, int] = (8, 24)
+    displacement: tuple[float, float] = (1.0, 30.0)  # FlyingChairs has about 11 px on average, Middlebury 4
+    shapes: tuple[int, int] = (6, 24)  # Dosovitskiy et al. 2015: 16 to 24; fewer leave calm areas
     textures: str | None = None
+    appearance: float = 1.0
+    nonrigid: float = 0.3
+    ego_motion: float = 0.2
 
     def __post_init__(self) -> None:
         if min(self.image_size) < 32:
-            raise ValueError(f"image_size must be (height, width) of at least 32 px each, got {self.image_size}")
+            raise ValueError(f"image_size must be (height, width) of at least 32 px each; got {self.image_size}")
         if not 0 < self.displacement[0] <= self.displacement[1]:
-            raise ValueError(f"displacement must be (lowest, highest) in px, both above 0, got {self.displacement}")
+            raise ValueError(f"displacement must be (lowest, highest) in px, both above 0; got {self.displacement}")
         if not 0 <= self.shapes[0] <= self.shapes[1]:
-            raise ValueError(f"shapes must be (fewest, most), not negative, got {self.shapes}")
+            raise ValueError(f"shapes must be (fewest, most), not negative; got {self.shapes}")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
 
 
-class Layer(NamedTuple):
-    """A contour filled with a texture, as it stands in frame 1.
+class SyntheticPair(NamedTuple):
+    """A pair and which of its pixels frame 2 does not show.
 
-    `texture` is `(h, w, 3)` uint8, mirrored at its borders; `to_texture` `(3, 3)` maps frame points to texture points;
-    `contour` `(N, 2)` is a polygon around `center` `(2,)`, empty for the background, which is everywhere.
+    Args:
+        sample: Frames, flow of the layer that covers most of each pixel, and `valid`, which is True everywhere.
+        occlusion: `(H, W)` bool, True where the pixel of frame 1 is hidden in frame 2 or leaves it.
     """
 
-    texture: np.ndarray
-    to_texture: np.ndarray
-    center: np.ndarray
-    contour: np.ndarray
-
-
-class Rendering(NamedTuple):
-    """A frame.
-
-    `image` is `(H, W, 3)` uint8; `layer` `(H, W)` the number of the topmost layer that covers the pixel wholly; `pure`
-    `(H, W)` bool, False where a layer above that one covers the pixel in part.
-    """
-
-    image: np.ndarray
-    layer: np.ndarray
-    pure: np.ndarray
+    sample: FlowSample
+    occlusion: np.ndarray
 
 
 def synthetic(
     options: SyntheticOptions, split: str = "training", seed: int = 0, num_pairs: int = 22232
 ) -> datasets.Dataset:
-    """A dataset of pairs that are drawn when they are accessed. Splits never share a pair.
+    """A dataset of pairs that are drawn when they are accessed. Splits share neither pairs nor drawn textures.
 
     Args:
         options: What to draw.
@@ -94,8 +114,9 @@ def synthetic(
         num_pairs: Length; by default that of the training split of FlyingChairs.
 
     Returns:
-        Items `{"id", "image1", "image2", "flow": {"flow", "valid"}}`: PIL images, flow `(H, W, 2)` float32 in pixels,
-        valid `(H, W)` bool. `dataset["id"]` draws every pair, `dataset.select_columns("id")["id"]` does not.
+        Items `{"id", "image1", "image2", "flow": {"flow", "valid"}, "occlusion"}`: PIL images, flow `(H, W, 2)`
+        float32 in pixels, valid `(H, W)` bool, and as in Sintel a gray image, 255 where a pixel is occluded.
+        `dataset["id"]` draws every pair, `dataset.select_columns("id")["id"]` does not.
 
     Raises:
         ValueError: If the split is unknown or the folder of textures is missing or empty.
@@ -110,178 +131,77 @@ def synthetic(
 def _draw_batch(options: SyntheticOptions, seed: int, split: str, batch: dict[str, list]) -> dict[str, list]:
     if "index" not in batch:  # only the ids were asked for
         return batch
-    samples = [render_pair(options, seed, index, split) for index in batch["index"]]
+    pairs = [render_pair(options, seed, index, split) for index in batch["index"]]
     return {
         "id": batch["id"],
-        "image1": [Image.fromarray(sample.image1) for sample in samples],
-        "image2": [Image.fromarray(sample.image2) for sample in samples],
-        "flow": [{"flow": sample.flow, "valid": sample.valid} for sample in samples],
+        "image1": [Image.fromarray(pair.sample.image1) for pair in pairs],
+        "image2": [Image.fromarray(pair.sample.image2) for pair in pairs],
+        "flow": [{"flow": pair.sample.flow, "valid": pair.sample.valid} for pair in pairs],
+        "occlusion": [Image.fromarray(pair.occlusion.astype(np.uint8) * 255) for pair in pairs],
     }
 
 
-def render_pair(options: SyntheticOptions, seed: int, index: int, split: str = "training") -> FlowSample:
+def render_pair(options: SyntheticOptions, seed: int, index: int, split: str = "training") -> SyntheticPair:
     """Draw one pair. The same arguments give the same bits in every process.
 
-    Returns:
-        A sample whose `valid` leaves out the pixels of frame 1 with an edge in them, whose colours are mixed. Pixels
-        that are hidden in frame 2, or leave it, stay valid: their motion is known.
+    Every pixel is valid, those with an edge in them too, whose colors are mixed: as in FlyingChairs, so that models
+    learn where motion changes. Such a pixel has the flow of the frontmost layer that covers at least half of it.
 
     Raises:
         ValueError: If the split is unknown, or a texture cannot be read.
     """
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_stream(split), index)))
-    layers = draw_layers(rng, options)
-    frame1 = render(layers, np.tile(np.eye(3), (len(layers), 1, 1)), options.image_size)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_stream(split), 0, index)))
+    scene = draw_scene(rng, options, _texture_source(rng, options, Pool(seed, _stream(split), POOL_SIZES[split])))
     target = float(np.exp(rng.uniform(*np.log(options.displacement))))
-    motions, flow = draw_motions(rng, layers, frame1, target)
-    frame2 = render(layers, motions, options.image_size)
-    flow[~frame1.pure] = 0
-    return FlowSample(frame1.image, frame2.image, flow.astype(np.float32), frame1.pure)
+    shutter = draw_shutter(rng, options.appearance)
+    masks1 = find_masks(scene.layers, None, options.image_size)
+    motions = scene.motions(match_displacement(partial(mean_flow, scene, masks1.label), target, scene.max_scale))
+    masks2 = find_masks(scene.layers, motions, options.image_size)
+    flow = find_flow(masks1, motions)
+    images = [
+        apply_appearance(paint(scene.layers, masks, motions, second, shutter), appearance)
+        for masks, second, appearance in zip(
+            (masks1, masks2), (False, True), draw_appearances(rng, options.appearance), strict=True
+        )
+    ]
+    occlusion = find_occlusion(flow, masks1.label, masks2.label)
+    sample = FlowSample(images[0], images[1], flow, np.ones(options.image_size, bool))
+    return SyntheticPair(sample, occlusion)
+
+
+def draw_scene(rng: np.random.Generator, options: SyntheticOptions, cut: Cut) -> Scene:
+    """Draw layers and how they move; `cut` gives their textures."""
+    draw = draw_ego_motion if rng.random() < options.ego_motion else draw_layered
+    num_shapes = int(rng.integers(options.shapes[0], options.shapes[1] + 1))
+    return draw(rng, options.image_size, num_shapes, cut, options.nonrigid)
+
+
+def mean_flow(scene: Scene, label: np.ndarray, scale: float) -> float:
+    """The mean length of the flow at a scale of the motions, pixels, over some pixels of `label` `(H, W)`."""
+    step = max(1, int(np.sqrt(label.size / PROBES)))
+    rows, columns = (np.arange(side // 2 % step if side > step else 0, side, step) for side in label.shape)
+    points = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2).astype(float)
+    owner = label[rows[:, None], columns].ravel()
+    motions = scene.motions(scale)
+    bent = points.copy()
+    for index, motion in enumerate(motions):
+        if motion.waves is not None:
+            own = owner == index
+            bent[own] += motion.waves.at(points[own])
+    moved = project(np.stack([motion.matrix for motion in motions])[owner], bent)
+    return float(np.linalg.norm(moved - points, axis=1).mean())
+
+
+def _texture_source(rng: np.random.Generator, options: SyntheticOptions, pool: Pool) -> Cut:
+    """What gives the textures of a pair: a few of the user's pictures, or the pool."""
+    if options.textures is None:
+        return lambda rng, size, kinds: cut_pool(rng, pool, size, kinds)
+    paths = list_pictures(options.textures)
+    pictures = [read_picture(paths[i]) for i in rng.integers(len(paths), size=PICTURES_PER_PAIR)]
+    return lambda rng, size, kinds: cut_picture(rng, pictures[rng.integers(len(pictures))], size)
 
 
 def _stream(split: str) -> int:
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {sorted(SPLITS)}, got {split!r}")
+        raise ValueError(f"split must be one of {sorted(SPLITS)}; got {split!r}")
     return SPLITS[split]
-
-
-# ---- motion ----
-
-
-def draw_motions(
-    rng: np.random.Generator, layers: list[Layer], frame1: Rendering, target: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the motion of every layer so that the mean length of the valid flow vectors is `target` pixels.
-
-    A motion is M(p) = p + s * D(p), with D affine. The flow is linear in s, so that s follows from the target.
-
-    Returns:
-        Motions `(L, 3, 3)` from points of frame 1 to points of frame 2, and the flow `(H, W, 2)` that they make.
-    """
-    height, width = frame1.layer.shape
-    centers = np.array([layer.center for layer in layers])
-    reach = np.hypot(height, width) / np.array([2] + [6] * (len(layers) - 1))
-    shifts = rng.normal(size=(len(layers), 2))
-    linear = rng.normal(scale=0.3, size=(len(layers), 2, 2)) / reach[:, None, None]
-    while True:
-        change = np.zeros((len(layers), 3, 3))  # D, of which only the first two rows are not 0
-        change[:, :2, :2] = linear
-        change[:, :2, 2] = shifts - np.einsum("lij,lj->li", linear, centers)
-        change[1:] += change[0]  # what the camera does, the shapes do too
-        flow = affine_field(frame1.layer, change)
-        lengths = np.hypot(flow[..., 0], flow[..., 1])[frame1.pure]
-        scale = target / lengths.mean() if lengths.size else target  # a tiny frame may be nothing but edges
-        strain = scale * np.linalg.norm(change[:, :2, :2], ord=2, axis=(1, 2)).max()
-        if strain <= MAX_STRAIN:
-            return np.eye(3) + scale * change, scale * flow
-        linear *= 0.9 * MAX_STRAIN / strain
-
-
-def affine_field(layer: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Where the map `(L, 3, 3)` of each pixel's `layer` `(H, W)` sends the pixel, `(H, W, 2)`."""
-    height, width = layer.shape
-    x, y = np.arange(width), np.arange(height)[:, None]
-    a, b, c, d, e, f = np.take(maps[:, :2].reshape(-1, 6), layer, axis=0).transpose(2, 0, 1)
-    return np.stack([a * x + b * y + c, d * x + e * y + f], axis=-1)
-
-
-# ---- drawing ----
-
-
-def render(layers: list[Layer], motions: np.ndarray, size: tuple[int, int]) -> Rendering:
-    """Draw the layers, moved by `motions` `(L, 3, 3)`, from back to front into a frame of (height, width)."""
-    height, width = size
-    to_texture = [layer.to_texture @ back for layer, back in zip(layers, np.linalg.inv(motions), strict=True)]
-    image = _fill(layers[0].texture, to_texture[0], 0, 0, size)
-    topmost, pure = np.zeros(size, np.uint16), np.ones(size, bool)
-    for number in range(1, len(layers)):
-        contour = layers[number].contour @ motions[number, :2, :2].T + motions[number, :2, 2]
-        left, top = np.clip(np.floor(contour.min(axis=0)).astype(int), 0, (width, height))
-        right, bottom = np.clip(np.ceil(contour.max(axis=0)).astype(int) + 1, 0, (width, height))
-        if left >= right or top >= bottom:
-            continue
-        box = np.s_[top:bottom, left:right]
-        cover = coverage(contour - (left, top), (bottom - top, right - left))
-        filling = _fill(layers[number].texture, to_texture[number], left, top, cover.shape)
-        image[box] = cv2.blendLinear(filling, image[box], cover, 1 - cover)
-        topmost[box][cover == 1] = number
-        pure[box] = (cover == 1) | (pure[box] & (cover == 0))
-    return Rendering(image, topmost, pure)
-
-
-def coverage(contour: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The share of each pixel, float32 `(H, W)`, that lies inside a polygon `(N, 2)`."""
-    height, width = size
-    fine = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
-    points = (contour + 0.5) * SUPERSAMPLING - 0.5
-    cv2.fillPoly(fine, [np.rint(points * 256).astype(np.int32)], 255, shift=8)
-    return cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA) / np.float32(255)
-
-
-def _fill(texture: np.ndarray, to_texture: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """The texture where `to_texture` `(3, 3)` sends the box of (height, width) at (left, top)."""
-    matrix = to_texture[:2].copy()
-    matrix[:, 2] += to_texture[:2, :2] @ (left, top)
-    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(texture, matrix, size[::-1], flags=flags, borderMode=cv2.BORDER_REFLECT_101)
-
-
-# ---- layers ----
-
-
-def draw_layers(rng: np.random.Generator, options: SyntheticOptions) -> list[Layer]:
-    """Draw the background and the shapes, from back to front."""
-    pictures = []
-    if options.textures is not None:
-        paths = list_pictures(options.textures)
-        pictures = [read_picture(paths[i]) for i in rng.integers(len(paths), size=PICTURES_PER_PAIR)]
-    height, width = options.image_size
-    layers = [_draw_layer(rng, pictures, np.array([width / 2, height / 2]), options.image_size, np.empty((0, 2)))]
-    for _ in range(rng.integers(options.shapes[0], options.shapes[1] + 1)):
-        center = rng.uniform(0, (width, height))
-        radius = np.sqrt(height * width) * np.exp(rng.uniform(*np.log(RADIUS_RANGE)))
-        side = max(16, int(2 * radius))
-        layers.append(_draw_layer(rng, pictures, center, (side, side), center + draw_contour(rng, radius)))
-    return layers
-
-
-def _draw_layer(
-    rng: np.random.Generator,
-    pictures: list[np.ndarray],
-    center: np.ndarray,
-    size: tuple[int, int],
-    contour: np.ndarray,
-) -> Layer:
-    """Draw a texture for `size` frame pixels around `center`, and how it lies in the frame."""
-    if pictures:
-        scale, angle = 1.0, rng.uniform(*PICTURE_ANGLE)
-        texture = cut_texture(rng, pictures[rng.integers(len(pictures))], size)
-    else:
-        scale, angle = rng.uniform(*TEXTURE_SCALE), rng.uniform(0, 2 * np.pi)
-        texture = draw_texture(rng, (round(size[0] * scale), round(size[1] * scale)))
-    to_texture = np.eye(3)
-    to_texture[:2, :2] = scale * _rotation(angle)
-    to_texture[:2, 2] = np.array(texture.shape[1::-1]) / 2 - to_texture[:2, :2] @ center
-    return Layer(texture, to_texture, center, contour)
-
-
-def _rotation(angle: float) -> np.ndarray:
-    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-
-
-def draw_contour(rng: np.random.Generator, radius: float) -> np.ndarray:
-    """Draw an ellipse, a polygon or a smooth blob around (0, 0), as a polygon `(N, 2)` within `radius`."""
-    kind = rng.choice(["ellipse", "polygon", "blob"])
-    angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-    radii = np.ones(64)
-    if kind == "polygon":
-        corners = rng.integers(3, 9)
-        angles = 2 * np.pi * (np.arange(corners) + rng.uniform(0, 0.8, size=corners)) / corners
-        radii = rng.uniform(0.5, 1, size=corners)
-    elif kind == "blob":
-        waves = np.arange(2, 6)
-        phases, heights = rng.uniform(0, 2 * np.pi, size=4), rng.uniform(0, 0.6, size=4) / waves
-        radii = 1 + np.cos(waves * angles[:, None] + phases) @ heights
-    points = np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None] / radii.max()
-    squeezed = points * (1, rng.uniform(0.4, 1))
-    return radius * squeezed @ _rotation(rng.uniform(0, np.pi))

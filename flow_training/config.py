@@ -109,6 +109,13 @@ class TrainingConfig:
         list(SyntheticOptions().displacement), "Range of a synthetic pair's mean flow, pixels."
     )
     synthetic_shapes: list[int] = option(list(SyntheticOptions().shapes), "Range of the number of moving shapes.")
+    synthetic_appearance: float = option(
+        SyntheticOptions().appearance, "Strength of changes of exposure, light, blur and noise between frames, 0 to 1."
+    )
+    synthetic_nonrigid: float = option(SyntheticOptions().nonrigid, "Probability that a layer deforms smoothly.")
+    synthetic_ego_motion: float = option(
+        SyntheticOptions().ego_motion, "Share of synthetic pairs with a camera that travels through a scene."
+    )
     synthetic_textures: str | None = option(None, "Folder of pictures to cut textures from; default: made up.")
     synthetic_num_pairs: int = option(20000, "Different synthetic pairs in the training split.")
     synthetic_validation_pairs: int = option(64, "Pairs in the synthetic validation split.")
@@ -252,6 +259,9 @@ class TrainingConfig:
             highest = 2**32 - 1 if name == "seed" else MAX_COUNT
             if value is not None and value > highest:
                 raise ValueError(f"{name} must be at most {highest}; got {value}")
+        for name in ("synthetic_appearance", "synthetic_nonrigid", "synthetic_ego_motion"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm", "gamma", "max_flow"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
@@ -288,6 +298,9 @@ class TrainingConfig:
             image_size=(self.synthetic_image_size[0], self.synthetic_image_size[1]),
             displacement=(self.synthetic_displacement[0], self.synthetic_displacement[1]),
             shapes=(self.synthetic_shapes[0], self.synthetic_shapes[1]),
+            appearance=self.synthetic_appearance,
+            nonrigid=self.synthetic_nonrigid,
+            ego_motion=self.synthetic_ego_motion,
             textures=self.synthetic_textures,
         )
 

@@ -78,7 +78,8 @@ def assert_share(hits, probability: float) -> None:
 @pytest.fixture(scope="module")
 def moving_background() -> FlowSample:
     """A pair with affine flow and no occlusion, blurred so that resizing keeps it."""
-    pair = render_pair(SyntheticOptions(image_size=(150, 200), displacement=(6, 6), shapes=(0, 0)), seed=3, index=5)
+    options = SyntheticOptions((150, 200), (6, 6), shapes=(0, 0), appearance=0, nonrigid=0, ego_motion=0)
+    pair = render_pair(options, seed=3, index=7).sample
     return pair._replace(
         image1=cv2.GaussianBlur(pair.image1, (0, 0), 1.5), image2=cv2.GaussianBlur(pair.image2, (0, 0), 1.5)
     )
@@ -376,13 +377,19 @@ def test_whole_draws_follow_the_recipe():
 
 def test_erased_patches_follow_the_recipe():
     rng = np.random.default_rng(0)
-    drawn = [draw_patches(rng, (30, 40)) for _ in range(DRAWS)]
+    drawn = [draw_patches(rng, (30, 40), (400, 720)) for _ in range(DRAWS)]
     assert_share([len(patches) > 0 for patches in drawn], 0.5)
     assert_share([len(patches) == 2 for patches in drawn if patches], 0.5)
     patches = [patch for patches in drawn for patch in patches]
     for axis in (0, 1):
         assert {patch[axis].stop - patch[axis].start for patch in patches} == set(range(50, 100))
         assert {patch[axis].start for patch in patches} == set(range((30, 40)[axis]))
+
+
+def test_erased_patches_shrink_with_small_crops():
+    draws = [draw_patches(np.random.default_rng(seed), (30, 40), (92, 124)) for seed in range(DRAWS)]
+    sides = {patch[axis].stop - patch[axis].start for patches in draws for patch in patches for axis in (0, 1)}
+    assert min(sides) == 13 and max(sides) == 25  # a quarter of 50 to 99
 
 
 def test_erasing_touches_frame2_only_and_fills_its_mean():
@@ -492,7 +499,7 @@ def test_the_probe_stands_for_the_frame(seed):
     """Its mean is the frame's within four standard errors, before and after any adjustments."""
     rng = np.random.default_rng(seed)
     noise = random_sample((400, 500), seed).image1
-    picture = render_pair(SyntheticOptions(image_size=(400, 500)), seed=seed, index=0).image1
+    picture = render_pair(SyntheticOptions(image_size=(400, 500)), seed=seed, index=0).sample.image1
     for frame in (noise, picture):
         probe = take_probe(frame)
         assert PROBE_PIXELS <= len(probe) < 2 * PROBE_PIXELS
@@ -508,7 +515,7 @@ def test_the_probe_stands_for_the_frame(seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_augmented_samples_are_those_of_the_plain_way(apply, seed):
     """Parameters of the recipe, all at once: flow and valid to the bit, colours but for four roundings."""
-    pair = render_pair(SyntheticOptions(image_size=(200, 260)), seed=seed, index=1)
+    pair = render_pair(SyntheticOptions(image_size=(200, 260)), seed=seed, index=1).sample
     draw = draw_sparse if apply is apply_sparse else draw_dense
     for number in range(6):
         augmentation = draw(np.random.default_rng([seed, number]), (200, 260), (128, 160), (-0.2, 0.6))

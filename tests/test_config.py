@@ -122,6 +122,7 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("", ["--train_mix", "{1: 2}"], "unknown source 1: did you mean"),
         ("", ["--synthetic_displacement", "1", "inf"], "synthetic_displacement must be a range"),
         ("", ["--synthetic_num_pairs", "9" * 20], "synthetic_num_pairs must be at most"),
+        ("synthetic_ego_motion: 1.5", [], "synthetic_ego_motion must be between 0 and 1; got 1.5"),
         ("", ["--seed", "4294967296"], "seed must be at most 4294967295"),
         ("ema_decay: 1", [], "ema_decay must be between 0 and 1, 0.999 say; got 1"),
         ("ema_decay: 0.0", [], "ema_decay must be between 0 and 1"),

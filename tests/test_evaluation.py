@@ -416,6 +416,11 @@ def test_protocol_of_kitti_pads_the_bottom(monkeypatch, model_dir):
         ("--dataset synthetic --submission x", "there are sintel_clean, sintel_final, kitti_2012, kitti_2015, spring"),
         ("--dataset synthetic --submission x --output y", "leave out --output"),
         ("--dataset synthetic --model nowhere.pth", "nowhere.pth"),
+        ("--dataset synthetic --synthetic_appearance 2", "appearance must be between 0 and 1; got 2.0"),
+        (
+            "--dataset middlebury --data_dir x --synthetic_nonrigid 0",
+            "--synthetic_nonrigid is for --dataset synthetic",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, message, model_dir, capsys):

@@ -76,6 +76,14 @@ def test_figures_of_a_part_say_so(root, tmp_path, capsys):
     assert "3 pairs; figures of 2 of them" in capsys.readouterr().out
 
 
+def test_synthetic_pairs_are_drawn_with_the_options_of_training(tmp_path, capsys):
+    flags = "--synthetic_image_size 64 80 --synthetic_displacement 3 3 --synthetic_shapes 0 2 --synthetic_nonrigid 0"
+    sizes = "--crop_size 48 64 --max_pairs 5 --num_pairs 1"
+    main(["synthetic", *flags.split(), *sizes.split(), "--output", str(tmp_path / "a.png")])
+    printed = capsys.readouterr().out
+    assert "64 x 80 (5)" in printed and "mean 3.0" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -85,6 +93,11 @@ def test_figures_of_a_part_say_so(root, tmp_path, capsys):
         (["pairs", "--data_dir", "x", "--num_pairs", "0"], "--num_pairs must be at least 1"),
         (["pairs", "--data_dir", "x"], "pairs: no pairs"),
         (["synthetic", "--zoom_range", "1", "0", "--max_pairs", "1", "--num_pairs", "1"], "zoom_range"),
+        (["synthetic", "--synthetic_ego_motion", "2"], "ego_motion must be between 0 and 1; got 2.0"),
+        (
+            ["pairs", "--data_dir", "x", "--synthetic_shapes", "1", "2"],
+            "--synthetic_shapes is for the source synthetic",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, said, capsys):
