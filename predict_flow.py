@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from flow_data.file_names import find_path
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.pairing import natural_order
 from flow_inference.devices import choose_device
@@ -127,8 +128,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     args.names_folder = args.output.endswith(("/", os.sep))  # which pathlib forgets
-    args.output, args.frames = Path(args.output), list(map(Path, args.frames))
-    args.video = None if args.video is None else Path(args.video)
+    args.output, args.frames = Path(args.output), [Path(find_path(path)) for path in args.frames]
+    args.video = None if args.video is None else Path(find_path(args.video))
     for name, reason in useless_flags(args).items():
         if getattr(args, name):
             parser.error(f"--{name} has no use here: {reason}")

@@ -463,7 +463,11 @@ GREY = {"maps": "grey", "output": "out"}
         (deep_colour, GREY, "grey/8.png: maps must be 8-bit gray or RGB images; got uint16"),
         (picture("L", size=(80, 65)), GREY, "grey/8.png): expected the shape (64, 80), as the first"),
         (picture("RGB"), GREY, "grey/8.png): expected the shape (64, 80), as the first; received (64, 80, 3)"),
-        (lambda folder: (folder / "grey/8.png").write_bytes(b"?"), GREY, "grey/8.png) cannot be decoded: it is no image"),
+        (
+            lambda folder: (folder / "grey/8.png").write_bytes(b"?"),
+            GREY,
+            "grey/8.png) cannot be decoded: it is no image",
+        ),
         (lambda folder: (folder / "empty").mkdir(), {"maps": "empty", "output": "out"}, "empty: no images"),
         (None, {"maps": "missing.npy"}, "missing.npy: no such file or folder"),
         (None, {"maps": "missing", "output": "out"}, "missing: no such file or folder"),
