@@ -330,7 +330,18 @@ def megabytes(count: float) -> str:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_curricula_are_the_stages_of_the_paper(path, monkeypatch):
+def test_shipped_stages_start_from_the_stage_before(path, monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    stages = read_curriculum(path, output_root="nowhere").stages
+    assert stages[0].config.model_name_or_path is None
+    for before, stage in zip(stages, stages[1:], strict=False):
+        assert stage.config.model_name_or_path == before.config.output_dir == f"nowhere/{before.name}"
+        assert stage.config.resume_from_checkpoint == "auto"
+
+
+@pytest.mark.parametrize("name", ["standard", "mixed"])
+def test_two_curricula_are_the_stages_of_the_paper(name, monkeypatch):
+    path = PROJECT / f"configs/curriculum/{name}.yaml"
     monkeypatch.chdir(PROJECT)
     curriculum = read_curriculum(path, output_root="nowhere")
     assert [stage.name.removesuffix("_mixed") for stage in curriculum.stages] == [
@@ -339,10 +350,7 @@ def test_shipped_curricula_are_the_stages_of_the_paper(path, monkeypatch):
         "sintel",
         "kitti",
     ]
-    assert curriculum.stages[0].config.model_name_or_path is None
     for before, stage in zip(curriculum.stages, curriculum.stages[1:], strict=False):
-        assert stage.config.model_name_or_path == before.config.output_dir == f"nowhere/{before.name}"
-        assert stage.config.resume_from_checkpoint == "auto"
         # Run by hand, the config starts from the same stage.
         by_hand = parse_config(["--config", f"configs/{stage.name}.yaml"])
         assert by_hand.model_name_or_path == parse_config(["--config", f"configs/{before.name}.yaml"]).output_dir
