@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from flow_data.features import to_sample
 from flow_data.flow_io import describe_loss
 from flow_data.images import undecoded
+from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.pictures import stack_rows
 from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
@@ -64,8 +65,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             submit(args, accelerator)
         accelerator.end_training()  # leaves the group of processes, whose threads may else abort this one as it ends
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate_flow.py: error: {error}")
+    except Exception as error:
+        message = explain_out_of_memory(error, "the evaluation", advise_on_memory(args))
+        if message is None and not isinstance(error, (ValueError, OSError)):
+            raise
+        sys.exit(f"evaluate_flow.py: error: {message or error}")
     except KeyboardInterrupt:
         kept = "" if args.submission is None else f"; the files that were written are in {args.submission}"
         sys.exit(f"evaluate_flow.py: stopped{kept}")
@@ -220,6 +224,16 @@ def open_dataset(args: argparse.Namespace, split: str):
         raise ValueError(f"--warm_start: no pair of {args.dataset} {split} begins with the frame with which another "
                          "ends, so there is no flow to start from; leave it out")  # fmt: skip
     return dataset
+
+
+def advise_on_memory(args: argparse.Namespace) -> str:
+    """What needs less memory than these arguments."""
+    batch = "" if args.batch_size == 1 else f"Predict fewer pairs at once than --batch_size {args.batch_size}. "
+    return (
+        f"{batch}Correlation is computed on demand where memory looks too short for all pairs of pixels; "
+        '"correlation": "on_demand" in config.json of the model\'s folder does so always, and --mixed_precision bf16 '
+        "halves the rest."
+    )
 
 
 def describe(args: argparse.Namespace, used: dict[str, Any]) -> str:

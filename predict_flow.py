@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from flow_data.file_names import find_path
 from flow_data.flow_io import FLOW_SUFFIXES
+from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.pairing import natural_order
 from flow_inference.devices import choose_device
 from flow_inference.frame_sources import list_frames, refuse_url
@@ -40,6 +41,10 @@ from modeling_raft.convert_raft_checkpoint import load_raft
 
 SMALL_SIDE = 128  # pixels: published weights have not been trained on less
 FOLDER_RATE = 24  # frames a second of a film made of a folder
+OUT_OF_MEMORY = (  # what helps then
+    "Estimate on smaller frames with --max_side. Correlation is computed on demand where memory looks too short for "
+    'all pairs of pixels; "correlation": "on_demand" in config.json of the model\'s folder does so always.'
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,8 +77,11 @@ def main(argv: list[str] | None = None) -> None:
                 bar.update()
         if seen.pairs == 0:
             raise ValueError(f"{args.video or args.frames[0]}: flow takes two frames, and there is one")
-    except (ValueError, OSError) as error:
-        sys.exit(f"predict_flow.py: error: {error}{seen.kept_in(args.output)}")
+    except Exception as error:
+        message = explain_out_of_memory(error, "the prediction", OUT_OF_MEMORY)
+        if message is None and not isinstance(error, (ValueError, OSError)):
+            raise
+        sys.exit(f"predict_flow.py: error: {message or error}{seen.kept_in(args.output)}")
     except KeyboardInterrupt:
         sys.exit(f"predict_flow.py: stopped{seen.kept_in(args.output)}")
     print(f"{args.output}: {seen}")

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from flow_data.out_of_memory import attempt, explain_out_of_memory, is_out_of_memory
 from flow_training import hub
 from flow_training.batches import DataError, batches_of_steps, make_batches
 from flow_training.checkpoints import (
@@ -33,7 +34,14 @@ from flow_training.model_card import read_lineage
 from flow_training.model_folder import write_run
 from flow_training.optimization import change_course, make_optimizer, make_schedule
 from flow_training.processes import describe_devices, make_accelerator, require_shared_folder, unwrap
-from flow_training.run import MAX_STEPS_WITHOUT_TRUTH, NothingLearnedError, Run, Stopped, how_to_go_on
+from flow_training.run import (
+    MAX_STEPS_WITHOUT_TRUTH,
+    NothingLearnedError,
+    Run,
+    Stopped,
+    advise_on_memory,
+    how_to_go_on,
+)
 from flow_training.run_dir import RunLock, check_same_run, choose_checkpoint
 from flow_training.run_log import RunLog
 from flow_training.step_sums import STEP_SUMS, StepSums
@@ -46,6 +54,22 @@ from modeling_raft import RaftOutput
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse_config(argv)
+    try:
+        run_training(config, argv)
+    except Exception as error:
+        message = explain_out_of_memory(error, "the training", advise_on_memory(config))
+        if message is None:
+            raise
+        sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv, Path(config.output_dir))}")
+
+
+def run_training(config: TrainingConfig, argv: list[str]) -> None:
+    """Train, from the first step or where a checkpoint ends, and write what is published.
+
+    Args:
+        config: As it was given.
+        argv: The command line, for the one that resumes the run.
+    """
     lock = uploads = None
     # Whatever is wrong with settings, files or tokens shows here, before the first step, in one line.
     try:
@@ -66,9 +90,11 @@ def main(argv: list[str] | None = None) -> None:
             model_id = config.hub_model_id or output_dir.resolve().name
             model_id = hub.create_repository(model_id, config.hub_token, config.hub_private_repo)
             config = dataclasses.replace(config, hub_model_id=model_id)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if lock is not None:
             lock.leave_no_trace()
+        if is_out_of_memory(error) or not isinstance(error, (ValueError, OSError)):
+            raise
         sys.exit(f"train_flow.py: error: {error}")
 
     accelerator.wait_for_everyone()  # all have looked before anyone writes
@@ -128,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         accelerator.end_training()
         sys.exit(128 + stopped.signal)  # as shells name an end by a signal
-    except (ArithmeticError, OSError, RuntimeError) as error:
+    except Exception as error:
         bar.close()
         message = run.explain(error)
         if message is None:
@@ -154,12 +180,17 @@ def train(run: Run, optimizer: Any, schedule: Any) -> None:
     logged, logged_step = time.perf_counter(), progress.step
     if progress.validation_due and run.validation:
         run.validate()
+    height, width = config.crop_size
+    attempted = (
+        f"a pass of {config.per_device_train_batch_size} pair(s) of {height} x {width} px with "
+        f"{config.num_flow_updates} updates"
+    )
     batches = make_batches(config, run.pairs, progress.step, accelerator)
     for batches_of_step in batches_of_steps(batches, accelerator.gradient_accumulation_steps):
         for batch in batches_of_step:
             numbers, _ = batch.pop("number"), batch.pop("id")
             run.replaced += filter(None, batch.pop("replaced"))
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model), attempt(attempted):
                 output = model(**batch, num_flow_updates=config.num_flow_updates)
                 accelerator.backward(output.loss)
                 run.step_sums.add_pass(numbers, output.loss.detach(), training_errors(output, batch, config.max_flow))

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from flow_data.out_of_memory import explain_out_of_memory
 from flow_inference.consistency import is_occluded, warp
 from flow_inference.devices import autocast, choose_device
 from flow_inference.estimator import EncodedFrame, FlowEstimator
@@ -42,6 +43,7 @@ from modeling_raft.convert_raft_checkpoint import load_raft
 from modeling_raft.frames_raft import FrameConverter
 
 PHOTOMETRIC_SIGMA = 0.2  # VToonify's, for frames in [-1, 1]
+OUT_OF_MEMORY = "Estimate on smaller frames with --max_side, or keep fewer frames with --window."  # what helps then
 
 
 def reflect(index: int, num_frames: int) -> int:
@@ -345,8 +347,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         smoother = run(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"temporal_smoothing.py: error: {error}")
+    except Exception as error:
+        message = explain_out_of_memory(error, "the smoothing", OUT_OF_MEMORY)
+        if message is None and not isinstance(error, (ValueError, OSError)):
+            raise
+        sys.exit(f"temporal_smoothing.py: error: {message or error}")
     except KeyboardInterrupt:
         sys.exit(f"temporal_smoothing.py: stopped; the maps that are finished are in {args.output}, or beside it")
     if math.isnan(smoother.before.mean):

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from flow_data.features import FlowSample, to_sample
+from flow_data.out_of_memory import is_out_of_memory
 
 MAX_NOISE = 5.0  # sigma of 255 grey levels; princeton-vl/RAFT, train.py, --add_noise
 PIXEL_VALUES = 2 * (np.arange(256, dtype=np.float32) / 255) - 1  # of each grey level, as the model takes it
@@ -105,6 +106,8 @@ class TrainingPairs(Dataset):
             try:
                 return self._load(number, position) | {"replaced": fault}
             except (ValueError, OSError) as error:
+                if is_out_of_memory(error):  # is no fault of the pair
+                    raise MemoryError(str(error)) from error
                 fault = fault or f"{self._source_of(position)[0].name}: {error}"
             if not self.skip_bad:
                 return {"error": fault}

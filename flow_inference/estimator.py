@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flow_data.out_of_memory import attempt
 from flow_inference.devices import autocast
 from flow_inference.frame_fit import FrameFit
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
@@ -67,7 +68,8 @@ class FlowEstimator:
     def encode(self, frame: np.ndarray) -> EncodedFrame:
         """Encode `(H, W, 3)` uint8, RGB."""
         pixels = self.fit.prepare(frame, self.model.device)
-        with autocast(self.model.device, self.mixed_precision):
+        size = f"{pixels.shape[-2]} x {pixels.shape[-1]} px"
+        with autocast(self.model.device, self.mixed_precision), attempt(f"the encoding of a frame of {size}"):
             return EncodedFrame(pixels, self.model.encode_features(pixels))
 
     @torch.no_grad()
@@ -89,7 +91,9 @@ class FlowEstimator:
         """
         if num_flow_updates is None:
             num_flow_updates = self.model.config.num_flow_updates
-        with autocast(self.model.device, self.mixed_precision):
+        height, width = pairs[0][0].pixels.shape[-2:]
+        attempted = f"flow of {len(pairs)} pair(s) of {height} x {width} px frames with {num_flow_updates} updates"
+        with autocast(self.model.device, self.mixed_precision), attempt(attempted):
             states = [self._state(first) for first, _ in pairs]
             updates = self.model.updates(
                 torch.cat([first.features for first, _ in pairs]),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flow_data.images import undecoded
+from flow_data.out_of_memory import attempt
 from flow_inference.warm_start import project_forward
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
@@ -118,7 +119,10 @@ def predict_rows(
         initial_flow = None
         for batch in batches:
             pairs = [(sample.image1, sample.image2) for _, _, sample in batch]
-            flows, low_res_flow = predict_batch(model, pairs, num_flow_updates, padding, initial_flow)
+            height, width, _ = pairs[0][0].shape
+            attempted = f"flow of {len(pairs)} pair(s) of {height} x {width} px images with {num_flow_updates} updates"
+            with attempt(attempted):
+                flows, low_res_flow = predict_batch(model, pairs, num_flow_updates, padding, initial_flow)
             if warm_start:
                 initial_flow = project_forward(low_res_flow)
             for decoded, flow in zip(batch, flows, strict=True):

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from flow_data.out_of_memory import is_out_of_memory
 from flow_data.sampling import RunSampler, TrainingPairs, collate, prepare_worker
 from flow_training.config import TrainingConfig
 
@@ -56,10 +57,15 @@ def batches_of_steps(batches: Any, passes: int) -> Iterator[list[dict[str, Any]]
             if len(step) == passes:
                 yield step
                 step = []
-    except (RuntimeError, ConnectionError, EOFError) as error:  # a worker may die handing over
-        if isinstance(error, DataError) or (isinstance(error, RuntimeError) and WORKER not in str(error)):
-            raise
-        raise DataError(describe_dead_worker(error)) from error
+    except Exception as error:
+        of_worker = WORKER in str(error)
+        if of_worker and is_out_of_memory(error):
+            reason = "a process that prepares pairs ran out of memory: give fewer --dataloader_num_workers."
+            raise DataError(reason) from error
+        # A worker may die handing over a batch.
+        if isinstance(error, (ConnectionError, EOFError)) or (isinstance(error, RuntimeError) and of_worker):
+            raise DataError(describe_dead_worker(error)) from error
+        raise
 
 
 def describe_dead_worker(error: Exception) -> str:

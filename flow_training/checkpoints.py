@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
+from flow_data.out_of_memory import is_out_of_memory
 from flow_training.config import read_yaml
 from flow_training.ema import ExponentialMovingAverage
 from modeling_raft import RaftForOpticalFlow
@@ -181,6 +182,8 @@ def load_checkpoint(accelerator: Accelerator, path: Path, progress: RunProgress,
     try:
         accelerator.load_state(str(path))
     except Exception as error:  # of torch, pickle and safetensors, each in its own type
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
             f"resume_from_checkpoint: {path} cannot be loaded: {error}. If it is damaged, remove it to go on from an "
             "older one"

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from torch.distributed import DistError
 from tqdm.auto import tqdm
 
+from flow_data.out_of_memory import is_out_of_memory
 from flow_data.sampling import TrainingPairs
 from flow_training.batches import WORKER, DataError, describe_dead_worker, save_samples
 from flow_training.checkpoints import RunProgress, list_checkpoints, save_checkpoint
@@ -222,11 +223,29 @@ class Run:
             self.look()
             self.save()
             return f"{error} Step {self.progress.step} is saved."
+        if is_out_of_memory(error):
+            return None  # may happen before there is a run, too: see `advise_on_memory`
         if isinstance(error, DistError) or "gloo" in str(error):
             return "another process of this run has ended; what it said is the reason."
         if isinstance(error, OSError):
             return str(error)
         return describe_dead_worker(error) if WORKER in str(error) else None
+
+
+def advise_on_memory(config: TrainingConfig) -> str:
+    """What needs less memory than a run's settings, and which step is saved."""
+    flags = []
+    if config.per_device_train_batch_size != 1:
+        flags.append("a smaller --per_device_train_batch_size (accumulation makes up for it)")
+    if not config.gradient_checkpointing:
+        flags.append("--gradient_checkpointing")
+    if config.mixed_precision in (None, "no"):
+        flags.append("--mixed_precision bf16")
+    flags.append("a smaller --crop_size")
+    validation = "; leave sets of large images out of --validation_sets" if config.validation_sets else ""
+    saved = list_checkpoints(Path(config.output_dir))
+    step = f"Step {saved[-1].name.rpartition('-')[2]} is saved." if saved else "No step is saved yet."
+    return f"Give {', or '.join(flags)}{validation}. {step}"
 
 
 def how_to_go_on(argv: list[str], output_dir: Path) -> str:
