@@ -44,6 +44,7 @@ from flow_inference.submission import (
 from flow_training.config import nearest
 from flow_training.evaluation import DTYPES, PROTOCOLS, Protocol, check_precision, evaluate
 from flow_training.metrics import format_metric
+from flow_training.processes import refuse_sharding
 from flow_training.strict_json import to_json
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
@@ -55,6 +56,7 @@ NAMED_PAIRS = 8  # in a sentence
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        refuse_sharding()
         with use_device(args.device):
             accelerator = Accelerator(mixed_precision=args.mixed_precision)
         check_precision(accelerator)

@@ -6,6 +6,7 @@ accelerate launch train_flow.py --config configs/NAME.yaml [--flag value ...]
 import dataclasses
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse_config(argv)
     try:
-        run_training(config, argv)
+        with ExitStack() as resources:
+            run_training(config, argv, resources)
     except Exception as error:
         message = explain_out_of_memory(error, "the training", advise_on_memory(config))
         if message is None:
@@ -63,19 +65,22 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv, Path(config.output_dir))}")
 
 
-def run_training(config: TrainingConfig, argv: list[str]) -> None:
+def run_training(config: TrainingConfig, argv: list[str], resources: ExitStack) -> None:
     """Train, from the first step or where a checkpoint ends, and write what is published.
 
     Args:
         config: As it was given.
         argv: The command line, for the one that resumes the run.
+        resources: Gets what is to be released however the run ends.
     """
     lock = uploads = None
     # Whatever is wrong with settings, files or tokens shows here, before the first step, in one line.
     try:
         accelerator, config = make_accelerator(config)
         output_dir = Path(config.output_dir)
-        lock = RunLock(output_dir) if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            lock = RunLock(output_dir)
+            resources.callback(lock.close)
         require_shared_folder(output_dir, lock, accelerator)
         checkpoint = choose_checkpoint(output_dir, config.resume_from_checkpoint)
         pairs, validation = training_pairs(config), validation_sets(config)
@@ -164,8 +169,6 @@ def run_training(config: TrainingConfig, argv: list[str]) -> None:
     accelerator.end_training()
     if uploads is not None:
         push(uploads, config)
-    if lock is not None:
-        lock.close()
 
 
 def train(run: Run, optimizer: Any, schedule: Any) -> None:

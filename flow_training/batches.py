@@ -47,7 +47,8 @@ def batches_of_steps(batches: Any, passes: int) -> Iterator[list[dict[str, Any]]
         for batch in batches:
             # Workers run by now, and torch has set a handler that raises their death wherever the run happens to be,
             # in the middle of a checkpoint too. Without it, the DataLoader notices when it waits for the next batch.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):  # not on Windows
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if "error" in batch:
                 raise DataError(
                     f"{'; '.join(batch['error'])}. Mend or remove the file, or let other pairs take the place of bad "

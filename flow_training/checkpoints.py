@@ -222,6 +222,8 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders, and flushes no file that is opened for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 
 from flow_training.config import TrainingConfig, accumulation_steps, nearest
@@ -21,13 +23,39 @@ from flow_training.evaluation import check_precision
 from flow_training.run_dir import RunLock, sees_token
 from modeling_raft import RaftForOpticalFlow
 
+# What accelerate may have been told to split a model over several devices with -> the variable that says so, set by
+# `accelerate launch` from its flags and from what `accelerate config` wrote.
+SHARDING = {
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "tensor, context or sequence parallelism": "ACCELERATE_USE_PARALLELISM_CONFIG",
+}
+
+
+def refuse_sharding() -> None:
+    """Refuse settings of accelerate that split the model; call it before an `Accelerator` is made, which starts them.
+
+    Raises:
+        ValueError: One is on; the message names it and its variable.
+    """
+    for name, variable in SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"accelerate is set up for {name} ({variable}={os.environ[variable]}), which is not supported: RAFT has "
+                "5 million parameters and needs no sharding. Run `accelerate config` again and choose multi-GPU with "
+                "none of these, or launch with --config_file configs/accelerate/gpus_bf16.yaml"
+            )
+
 
 def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfig]:
     """The accelerator, and the settings with everything resolved that depends on the machine.
 
     Raises:
-        ValueError: A tracker or precision that there is not, or a batch that the processes cannot share out.
+        ValueError: A tracker or precision that there is not, a batch that the processes cannot share out, or settings
+            of accelerate that split the model.
     """
+    refuse_sharding()
     known, installed = ({str(name) for name in names} for names in (LOGGER_TYPE_TO_CLASS, get_available_trackers()))
     for name in config.report_to:
         if name not in known | {"none", "all"}:

@@ -1,6 +1,8 @@
 """The folder of a run: who may write into it, and what is resumed from it."""
 
 import contextlib
+import errno
+import logging
 import os
 import platform
 import time
@@ -9,25 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import SoftFileLock, Timeout, lock_descriptor
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flow_training.checkpoints import find_checkpoint, list_checkpoints
 from flow_training.run_log import FILE_NAME, read_log
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+logger = logging.getLogger(__name__)
 
-LOCK, TOKEN = ".lock", ".lock-token"
+LOCK, MARKER, TOKEN = ".lock", ".lock-marker", ".lock-token"
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}  # of some network file systems
 PATIENCE = 10.0  # seconds
+MARKER_TIMEOUT = 1.0  # seconds in which the marker of a process that has died is found to be one, and removed
+
+_open_locks: set[int] = set()  # descriptors
+
+
+def _close_inherited_locks() -> None:
+    """Run in a forked process, a DataLoader worker say: else `flock` would hold a killed run's lock until it ends."""
+    while _open_locks:
+        os.close(_open_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 class RunLock:
     """Keeps a second run out of a folder for as long as this process lives, however it ends.
 
-    A lock of POSIX's `lockf`, as a forked DataLoader worker does not inherit it: `flock` would outlive a killed run in
-    its orphans.
+    It is the operating system's lock on a file (`filelock`: `flock`, or `LockFileEx` on Windows). On a file system
+    without such locks it is a marker file that names the process; one of a process that was killed is removed by the
+    next run on the same machine, and by hand if that was another machine.
 
     Args:
         output_dir: the run's folder; made if it is not there.
@@ -44,23 +59,45 @@ class RunLock:
         output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / LOCK
         self.token = uuid.uuid4().hex
+        self._marker: SoftFileLock | None = None
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        if fcntl is None:
-            return
+        _open_locks.add(self._descriptor)
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._descriptor, 200).decode()
-            os.close(self._descriptor)
-            raise ValueError(
-                f"another run writes into {output_dir} ({holder}): wait for it, end it, or choose another output_dir"
-            ) from None
+            if not self._acquire():
+                os.lseek(self._descriptor, 1, os.SEEK_SET)  # the first byte is the locked one, unreadable on Windows
+                holder = os.read(self._descriptor, 200).decode(errors="replace").strip()
+                marker = None if self._marker is None else self._marker.lock_file
+                killed = "" if marker is None else f"; if it was killed on another machine, remove {marker}"
+                raise ValueError(
+                    f"another run writes into {output_dir} ({holder}): wait for it, end it, or choose another "
+                    f"output_dir{killed}"
+                )
+        except BaseException:
+            self._close_descriptor()
+            raise
         try:
-            os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+            text = f"\nprocess {os.getpid()} on {platform.node()}".encode()
+            os.write(self._descriptor, text)
+            os.ftruncate(self._descriptor, len(text))
         except OSError as error:
             self.leave_no_trace()
             raise OSError(f"cannot write into {output_dir}: {error}") from error
+
+    def _acquire(self) -> bool:
+        """Whether the lock is this run's now."""
+        try:
+            return lock_descriptor(self._descriptor, blocking=False)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise OSError(f"cannot lock {self._path}: {error}") from error
+        marker = self._path.parent / MARKER
+        logger.warning("the file system of %s has no locks; %s keeps other runs out", self._path.parent, marker)
+        self._marker = SoftFileLock(marker)
+        try:
+            self._marker.acquire(timeout=MARKER_TIMEOUT)
+        except Timeout:
+            return False
+        return True
 
     def show_token(self) -> None:
         """Write `token` for the other processes of the run: into a file of its own.
@@ -70,15 +107,23 @@ class RunLock:
         (self._path.parent / TOKEN).write_text(self.token)
 
     def close(self) -> None:
-        """Let others in."""
-        (self._path.parent / TOKEN).unlink(missing_ok=True)
+        """Let others in; a second call does nothing."""
+        if self._descriptor in _open_locks:
+            (self._path.parent / TOKEN).unlink(missing_ok=True)
+            self._close_descriptor()
+            if self._marker is not None:
+                self._marker.release()
+
+    def _close_descriptor(self) -> None:
+        _open_locks.discard(self._descriptor)
         os.close(self._descriptor)
+        self._descriptor = -1
 
     def leave_no_trace(self) -> None:
         """Let others in, and remove the folder if it was made for nothing."""
         self.close()
         if self._made_folder:
-            self._path.unlink()
+            self._path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # something is in it after all
                 self._path.parent.rmdir()
 

@@ -1,10 +1,11 @@
 """What happens to a run when something happens to the machine, the data, or the person: nothing is lost."""
 
-import fcntl
+import errno
 import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -280,18 +281,76 @@ def test_a_run_that_saved_nothing_goes_on_from_where_it_came(whole, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_lock_dies_with_its_process_not_with_its_children(tmp_path):
-    lock = RunLock(tmp_path)
-    pid = os.fork()
-    if pid == 0:
-        with open(tmp_path / ".lock", "r+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os._exit(1)
-            except OSError:
-                os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
+HOLDER = """
+import errno, os, sys, time
+from pathlib import Path
+from flow_training import run_dir
+
+def has_no_locks(descriptor, blocking):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+if sys.argv[2] == "no locks":
+    run_dir.lock_descriptor = has_no_locks
+lock = run_dir.RunLock(Path(sys.argv[1]))
+if os.fork() == 0:  # as a DataLoader forks its workers
+    time.sleep(60)
+    os._exit(0)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def has_no_locks(descriptor: int, blocking: bool) -> bool:
+    """What some network file systems answer."""
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+@pytest.mark.parametrize("file_system", ["locks", "no locks"])
+def test_a_lock_dies_with_its_process_not_with_its_children(file_system, tmp_path, monkeypatch):
+    """However it is killed, and also where the file system has no locks; a worker that outlives it keeps nothing."""
+    if file_system == "no locks":
+        monkeypatch.setattr("flow_training.run_dir.lock_descriptor", has_no_locks)
+    words = [sys.executable, "-c", HOLDER, str(tmp_path), file_system]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=PROJECT, start_new_session=True)
+    assert process.stdout.readline() == "locked\n"
+    (child,) = psutil.Process(process.pid).children()
+    with pytest.raises(ValueError, match=rf"another run writes into {tmp_path} \(process {process.pid} on ") as error:
+        RunLock(tmp_path)
+    assert ("if it was killed on another machine" in str(error.value)) == (file_system == "no locks")
+    process.kill()
+    process.wait()
+    assert child.is_running()
+    RunLock(tmp_path).close()
+    os.killpg(process.pid, signal.SIGKILL)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize("file_system", ["locks", "no locks"])
+def test_a_lock_excludes_and_lets_in_and_leaves_nothing(file_system, tmp_path, monkeypatch, caplog):
+    if file_system == "no locks":
+        monkeypatch.setattr("flow_training.run_dir.lock_descriptor", has_no_locks)
+    folder = tmp_path / "runs" / "one"
+    lock = RunLock(folder)
+    with pytest.raises(ValueError, match=f"process {os.getpid()} on"):  # in one process, too
+        RunLock(folder)
     lock.close()
+    second = RunLock(folder)
+    lock.close()  # of what is released already
+    with pytest.raises(ValueError, match="another run writes into"):
+        RunLock(folder)
+    second.close()
+    RunLock(tmp_path / "new").leave_no_trace()
+    assert not (tmp_path / "new").exists() and {path.name for path in folder.iterdir()} == {".lock"}
+    assert ("has no locks" in caplog.text) == (file_system == "no locks")
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def fail(descriptor, blocking):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("flow_training.run_dir.lock_descriptor", fail)
+    with pytest.raises(OSError, match="cannot lock .*Input/output error"):
+        RunLock(tmp_path)
 
 
 def make_kitti(root: Path, num_pairs: int) -> Path:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from test_modeling_raft import tiny_config
 from tiny_run import PROJECT, environment, figures, flags, free_port, train
 
+import evaluate_flow
+import train_flow
 from modeling_raft import RaftForOpticalFlow
 
 ACCELERATE = PROJECT / "configs" / "accelerate"
@@ -63,6 +65,38 @@ def assert_same_run(ours: Path, theirs: Path, rel: float = 1e-5) -> None:
     assert len(figures(ours)) == len(figures(theirs)) > 4
     for line, expected in zip(figures(ours), figures(theirs), strict=True):
         assert line == pytest.approx(expected, rel=rel, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor, context or sequence parallelism"),
+    ],
+)
+def test_settings_that_split_the_model_are_refused_before_anything_is_written(variable, name, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    evaluation = ["--model", "nowhere", "--dataset", "synthetic", "--output", str(tmp_path / "report.json")]
+    for program, words in ((train_flow, flags(tmp_path / "run")), (evaluate_flow, evaluation)):
+        with pytest.raises(SystemExit) as end:
+            program.main(words)
+        assert f"set up for {name} ({variable}=true), which is not supported" in str(end.value)
+        assert "`accelerate config`" in str(end.value) and "\n" not in str(end.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_launcher_set_up_for_sharding_is_refused(tmp_path):
+    """As `accelerate config` writes it."""
+    config = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "use_cpu": True, "num_processes": 1}
+    config |= {"num_machines": 1, "machine_rank": 0, "mixed_precision": "no", "debug": False}
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    process = launch(str(tmp_path / "accelerate.yaml"), [], flags(tmp_path / "run"))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "train_flow.py: error: accelerate is set up for FSDP" in said, said
+    assert not (tmp_path / "run").exists()
 
 
 LEAVING = """
