@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from flow_data.file_names import find_path
@@ -233,7 +234,8 @@ def open_output(args: argparse.Namespace, source: Source) -> FlowFiles | FlowFil
         check_targets(args, source, result_paths(args.output, args.backward, args.occlusion, suffix))
         return FlowFilms(args.output, source.frame_rate, *further)
     # A folder may have a dot in its name; one that looks like the file of a single pair is a mistake.
-    if suffix in (*FLOW_SUFFIXES, *VIDEO_SUFFIXES) and not (args.names_folder or args.output.is_dir()):
+    file_suffixes = (*FLOW_SUFFIXES, *VIDEO_SUFFIXES, *Image.registered_extensions())
+    if suffix in file_suffixes and not (args.names_folder or args.output.is_dir()):
         raise ValueError(
             f"--output must be a folder, or a video ending in one of {', '.join(WRITTEN_FORMATS)}; got {args.output}"
         )

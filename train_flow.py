@@ -165,7 +165,9 @@ def run_training(config: TrainingConfig, argv: list[str], resources: ExitStack) 
         if message is None:
             raise
         heard = accelerator.is_main_process or isinstance(error, (DataError, OSError))  # which one process may have
-        sys.exit(f"train_flow.py: error: {message}\n{how_to_go_on(argv, output_dir)}" if heard else 1)
+        # The same pairs teach nothing again.
+        resume = "" if isinstance(error, NothingLearnedError) else f"\n{how_to_go_on(argv, output_dir)}"
+        sys.exit(f"train_flow.py: error: {message}{resume}" if heard else 1)
     accelerator.end_training()
     if uploads is not None:
         push(uploads, config)

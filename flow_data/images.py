@@ -21,6 +21,7 @@ from typing import Any
 import cv2
 import numpy as np
 import PIL.Image
+import PIL.TiffImagePlugin
 from datasets import Image
 from kornia_rs.io import decode_image_png_u8
 
@@ -32,6 +33,8 @@ PPM_HEADER = re.compile(rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s")  # a comment in 
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # Pillow's
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+FLOAT_TOLERANCE, AMBIGUOUS_MAXIMUM = 1e-3, 16.0  # as in modeling_raft.frames_raft
+EXIF_ORIENTATION = 0x0112
 FORMATS_CUT_TO_8_BITS = ("TIFF", "PPM", "JPEG2000")  # by Pillow, where they hold color of 16 bits
 
 SAMPLE_COLUMNS = ("id", "image1", "image2", "flow", "valid")
@@ -64,14 +67,35 @@ def read_pair(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         )
     low, high = min(image1.min(), image2.min()), max(image1.max(), image2.max())
     if image1.dtype.kind == "f":
-        if not (low >= 0 and high <= 255):  # NaN fails, too
-            raise ValueError(f"{row['id']}: float frames must be in 0..1 or 0..255; got {low:g} to {high:g}")
-        low, high = 0, 1 if high <= 1 else 255
+        low, high = _float_range(image1, image2, row["id"])
     scale = 255 / (float(high) - float(low)) if high > low else 0.0
     image1, image2 = (
-        ((image.astype(np.float64) - float(low)) * scale).round().astype(np.uint8) for image in (image1, image2)
+        ((image.astype(np.float64) - float(low)) * scale).round().clip(0, 255).astype(np.uint8)
+        for image in (image1, image2)
     )
     return image1, image2
+
+
+def _float_range(image1: np.ndarray, image2: np.ndarray, name: str) -> tuple[float, float]:
+    """0..1 or 0..255, whichever float frames are in, by the rules of prediction.
+
+    Raises:
+        ValueError: neither, or one frame is in one and the other in the other.
+    """
+    highest = [float(image.max()) for image in (image1, image2)]
+    lowest = min(float(image1.min()), float(image2.min()))
+    if not (np.isfinite(image1).all() and np.isfinite(image2).all()):
+        raise ValueError(f"{name}: float frames must hold finite numbers; they have NaN or infinities")
+    unit = max(highest) <= 1 + FLOAT_TOLERANCE
+    mixed = not unit and any(0 < value <= 1 + FLOAT_TOLERANCE for value in highest)
+    bound = 1 if unit else 255
+    fits = -FLOAT_TOLERANCE * bound <= lowest and max(highest) <= bound * (1 + FLOAT_TOLERANCE)
+    if not fits or mixed or (not unit and max(highest) < AMBIGUOUS_MAXIMUM):
+        raise ValueError(
+            f"{name}: both float frames must be in 0..1 or both in 0..255; got values from {lowest:g} to "
+            f"{highest[0]:g} in image1 and {highest[1]:g} in image2"
+        )
+    return 0.0, float(bound)
 
 
 def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarray:
@@ -96,7 +120,7 @@ def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarra
 
 
 def _read_image(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarray:
-    """As `read_rgb`, but of any depth: uint8, uint16 or float32."""
+    """As `read_rgb`, but of any depth."""
     if isinstance(value, PIL.Image.Image):
         return _from_pil(value, name)
     data, path = value["bytes"], value["path"]
@@ -121,7 +145,7 @@ def _read_image(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.nda
             image = PIL.Image.open(io.BytesIO(data))
     except PIL.UnidentifiedImageError as error:
         if (pixels := _decode_deep(data)) is not None:  # floats in three channels
-            return pixels
+            return _turn_back(pixels, _tiff_orientation(data))
         raise ValueError(f"{name}: no image, or of a format that is not known") from error
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{name}: size must be 1 to at most {MAX_PIXELS} pixels; Pillow says: {error}") from error
@@ -129,9 +153,31 @@ def _read_image(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.nda
         raise ValueError(f"{name}: damaged or unknown image: {error}") from error
     check_pixels(name, *image.size)  # Pillow's own limit may be switched off
     with image:
-        if image.format in FORMATS_CUT_TO_8_BITS and (pixels := _decode_deep(data)) is not None:
-            return pixels
-        return _from_pil(image, name)
+        pixels = _decode_deep(data) if image.format in FORMATS_CUT_TO_8_BITS else None
+        pixels = _from_pil(image, name) if pixels is None else pixels
+        return _turn_back(pixels, _tiff_orientation(data))
+
+
+def _tiff_orientation(data: bytes) -> int:
+    """The EXIF orientation of a TIFF, 1 for any other file."""
+    if not data.startswith((b"II*\0", b"MM\0*")):
+        return 1
+    tags = PIL.TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    file = io.BytesIO(data)
+    file.seek(tags.next)
+    tags.load(file)
+    return tags.get(EXIF_ORIENTATION, 1)
+
+
+def _turn_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """The rows and columns of a TIFF as they are stored: Pillow and OpenCV turn it as its orientation says."""
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    return np.ascontiguousarray(pixels)
 
 
 def _from_pil(image: PIL.Image.Image, name: str) -> np.ndarray:
@@ -140,6 +186,8 @@ def _from_pil(image: PIL.Image.Image, name: str) -> np.ndarray:
     try:
         if image.mode in DEEP_MODES:
             return _as_rgb(np.array(image))
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # without the warning that Pillow gives otherwise
         return np.array(image.convert("RGB"))  # a copy: np.asarray gives a read-only view
     except (OSError, SyntaxError, ValueError) as error:  # Pillow decodes as late as here
         raise ValueError(f"{name}: damaged or truncated image: {error}") from error
@@ -147,20 +195,27 @@ def _from_pil(image: PIL.Image.Image, name: str) -> np.ndarray:
 
 def _decode_deep(data: bytes) -> np.ndarray | None:
     """Pixels of more than 8 bits as OpenCV decodes them; None where it cannot, or where they have 8 bits."""
+    log: Any = cv2.utils.logging
+    level = log.getLogLevel()
+    log.setLogLevel(log.LOG_LEVEL_SILENT)  # Pillow says what is wrong with a file that OpenCV cannot decode
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
         return None
-    if pixels is None or pixels.dtype not in (np.uint16, np.float32):
+    finally:
+        log.setLogLevel(level)
+    if pixels is None or pixels.dtype == np.uint8:
         return None
     return _as_rgb(pixels if pixels.ndim == 2 else pixels[..., [2, 1, 0]])  # OpenCV's order is BGR
 
 
 def _as_rgb(pixels: np.ndarray) -> np.ndarray:
-    """`(H, W)` or `(H, W, 3)` as `(H, W, 3)` uint16 or float32; Pillow has 16-bit gray in wider integers, too."""
+    """`(H, W)` or `(H, W, 3)` as `(H, W, 3)`; what Pillow has in wider integers than 16 bits becomes uint16."""
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
-    return np.ascontiguousarray(pixels, np.float32 if pixels.dtype.kind == "f" else np.uint16)
+    if pixels.dtype == np.int32 and 0 <= pixels.min() and pixels.max() < 2**16:
+        pixels = pixels.astype(np.uint16)
+    return np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
 
 
 def undecoded(dataset: Any) -> Any:

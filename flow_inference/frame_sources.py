@@ -14,7 +14,7 @@ from flow_data.pairing import natural_order
 from flow_inference.video_files import VideoReader
 from modeling_raft.frames_raft import FrameConverter, describe, read_frame
 
-URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)  # pathlib makes one slash of two
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib makes one slash of two; c:/ is a drive
 
 
 def list_frames(folder: str | os.PathLike[str]) -> list[Path]:

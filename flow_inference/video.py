@@ -87,9 +87,6 @@ class FlowVideo:
         intensity_range: (low, high) that become black and white; None: 0 to 255 of 8-bit frames, and the smallest and
             the largest value of the first two of 16-bit frames.
 
-    Attributes:
-        mapped_range: The intensity range that became 0..255, once frames are read; None where that is their own.
-
     Raises:
         ValueError: A setting is out of range, or the model is in training mode.
         ValueError, OSError: While iterating: frames cannot be read or differ in size. The pairs before were good.
@@ -138,21 +135,24 @@ class FlowVideo:
         self.held_tolerance = held_tolerance
         self.mixed_precision = mixed_precision
         self.intensity_range = intensity_range
-        self.mapped_range: tuple[float, float] | None = None
-        FrameConverter(intensity_range)  # raises now what is wrong with the settings, and so does the next line
-        self.new_estimator(128, 128)
+        self._converter = FrameConverter(intensity_range)
+        self.new_estimator(128, 128)  # raises now what is wrong with the settings
+
+    @property
+    def mapped_range(self) -> tuple[float, float] | None:
+        """The intensity range that became 0..255; None before frames are read, and where that is their own."""
+        return self._converter.mapped_range
 
     def new_estimator(self, height: int, width: int) -> FlowEstimator:
         """An estimator with the video's settings for frames of a size."""
         return FlowEstimator(self.model, height, width, self.max_side, self.mixed_precision, self.min_side)
 
     def __iter__(self) -> Iterator[VideoFlow]:
-        converter = FrameConverter(self.intensity_range)
-        frames = read_frames(self.frames, converter)
+        self._converter = FrameConverter(self.intensity_range)
+        frames = read_frames(self.frames, self._converter)
         frame1 = next(frames, None)
         if frame1 is None:
             return
-        self.mapped_range = converter.mapped_range
         scene = _Scene(self, self.new_estimator(frame1.shape[0], frame1.shape[1]))
         shown = frame1  # since when the picture is held: what drifts or fades slowly moves away from it in the end
         for index, frame2 in enumerate(frames):

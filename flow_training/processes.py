@@ -42,9 +42,9 @@ def refuse_sharding() -> None:
     for name, variable in SHARDING.items():
         if parse_flag_from_env(variable):
             raise ValueError(
-                f"accelerate is set up for {name} ({variable}={os.environ[variable]}), which is not supported: RAFT has "
-                "5 million parameters and needs no sharding. Run `accelerate config` again and choose multi-GPU with "
-                "none of these, or launch with --config_file configs/accelerate/gpus_bf16.yaml"
+                f"accelerate is set up for {name} ({variable}={os.environ[variable]}), which is not supported: RAFT "
+                "has 5 million parameters and needs no sharding. Run `accelerate config` again and choose multi-GPU "
+                "with none of these, or launch with --config_file configs/accelerate/gpus_bf16.yaml"
             )
 
 

@@ -7,16 +7,19 @@ frames' type, never of one frame alone, since two frames that are scaled differe
 
 - 8-bit images: 0 to 255. 1-bit images and bool arrays: black and white.
 - 16-bit images, and integer arrays with values outside 0..255: the smallest and the largest value of the first frames,
-  which is both frames of a pair.
+  which is both frames of a pair. Give 16-bit color images as paths or bytes: Pillow cuts them to 8 bits when it
+  decodes them, so that a PIL image has all bits only until it is loaded.
 - Float arrays: 0 to 1 or 0 to 255, recognized from the first frames. Values outside, NaN and infinities are refused.
 - With an `intensity_range`: that range, for frames of any type.
 """
 
 import os
 import warnings
+import zlib
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -33,8 +36,9 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KINDS = "a path, the bytes of an image file, a PIL image, an array or a tensor"
-URL_PREFIXES = ("http://", "https://")
+URL_PREFIXES = ("http://", "https://", "data:image/")
 EXIF_ORIENTATION = 0x0112
 # What turns stored rows and columns upright, for each value of the EXIF tag (CIPA DC-008, section 4.6.5): transpose,
 # then flip rows, then flip columns.
@@ -51,6 +55,7 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 PREMULTIPLIED_MODES = {"La": "LA", "RGBa": "RGBA"}
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 FLOAT_TOLERANCE = 1e-3  # of the range: interpolation overshoots a little
+FEW_LEVELS = 16  # of 255, between which most pixels lie: a hot pixel has stretched the range
 AMBIGUOUS_MAXIMUM = 16.0  # floats up to here are either an overexposed 0..1 or an almost black 0..255
 
 
@@ -76,10 +81,9 @@ class FrameConverter:
         input_data_format: str | None = None,
     ):
         if intensity_range is not None:
-            low, high = (float(bound) for bound in intensity_range)
-            if not -np.inf < low < high < np.inf:
-                raise ValueError(f"intensity_range must be (low, high) with low below high; got {intensity_range}")
-            intensity_range = (low, high)
+            intensity_range = _check_intensity_range(intensity_range)
+        if input_data_format not in (None, "channels_first", "channels_last"):
+            raise ValueError(f"input_data_format must be channels_first or channels_last; got {input_data_format!r}")
         self.mapped_range = intensity_range
         self.do_rescale, self.input_data_format = do_rescale, input_data_format
         self._given = intensity_range
@@ -105,7 +109,9 @@ class FrameConverter:
             arrays = _narrow(arrays)
         kinds = [_kind(array) for array in arrays]
         self._choose_ranges(arrays, kinds, names)
-        return [self._to_uint8(array, kind, name) for array, kind, name in zip(arrays, kinds, names, strict=True)]
+        converted = [self._to_uint8(array, kind, name) for array, kind, name in zip(arrays, kinds, names, strict=True)]
+        self._forget_flat_range()
+        return converted
 
     def _choose_ranges(self, arrays: list[np.ndarray], kinds: list[str], names: Sequence[str]) -> None:
         if self._given is not None:
@@ -129,6 +135,13 @@ class FrameConverter:
                 found = [arrays[index] for index in chosen], [names[index] for index in chosen]
                 self._ranges[kind] = self._choose_range(kind, *found)
 
+    def _forget_flat_range(self) -> None:
+        """Let later frames choose the range where the first ones have one value only, as in a fade from black."""
+        low, high = self._ranges.get("integer", (0.0, 1.0))
+        if low == high:
+            del self._ranges["integer"]
+            self.mapped_range = None
+
     def _choose_range(self, kind: str, arrays: list[np.ndarray], names: list[str]) -> tuple[float, float]:
         if kind == "float":
             return _float_range(arrays, names, unit_only=not self.do_rescale)
@@ -136,9 +149,11 @@ class FrameConverter:
             return 0.0, 255.0
         low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
         self.mapped_range = float(low), float(high)
+        levels = _typical_levels(arrays, *self.mapped_range)
+        few = f". Nearly all pixels lie within {levels:.1f} of 255 gray levels: a narrower range is needed"
         logger.warning_once(
             f"{names[0]} is {arrays[0].dtype}: intensities {low} to {high}, the range of the first frames, become 0 "
-            "to 255; give intensity_range to choose another range"
+            f"to 255; give intensity_range to choose another range{few if low < high and levels < FEW_LEVELS else ''}"
         )
         return self.mapped_range
 
@@ -154,9 +169,24 @@ class FrameConverter:
                 "clipped; give an intensity_range that holds all"
             )
         scale = 255 / (high - low) if high > low else 0.0
-        values: Any = array.astype(np.float32 if array.dtype.itemsize < 4 else np.float64)
-        values = (values - low) * scale
+        values: Any = (array.astype(np.float64) - low) * scale
         return values.round().clip(0, 255).astype(np.uint8)
+
+
+def _check_intensity_range(intensity_range: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(bound) for bound in intensity_range)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(f"intensity_range must be two numbers (low, high), low below high; got {intensity_range!r}")
+    return low, high
+
+
+def _typical_levels(arrays: list[np.ndarray], low: float, high: float) -> float:
+    """Gray levels between the 1st and the 99th percentile of the values, of 255 for all from low to high."""
+    lower, upper = np.percentile(np.concatenate([array[::4, ::4].ravel() for array in arrays]), [1, 99])
+    return float((upper - lower) * 255 / (high - low)) if high > low else 0.0
 
 
 def read_frames(frames: Sequence[Any], **options: Any) -> list[np.ndarray]:
@@ -190,14 +220,17 @@ def read_frame(frame: Any, name: str, input_data_format: str | None = None) -> n
     if isinstance(frame, Tensor):
         channels_last = input_data_format == "channels_last"
         frame = frame.detach().cpu()
-        frame = (frame.float() if frame.dtype in (torch.bfloat16, torch.float16) else frame).numpy()
+        try:
+            frame = (frame.float() if frame.dtype in (torch.bfloat16, torch.float16) else frame).numpy()
+        except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantized, without data
+            raise ValueError(f"{name} is a tensor that cannot be made an array: {error}") from error
     if not isinstance(frame, np.ndarray):
         raise ValueError(f"{name} must be {KINDS}; got {type(frame).__name__}")
     return _from_array(frame, name, channels_last)
 
 
 def _read_file(path: str, name: str) -> bytes:
-    if path.startswith(URL_PREFIXES):
+    if path.lower().startswith(URL_PREFIXES):
         return _download(path, name)
     try:
         with open(path, "rb") as file:
@@ -214,19 +247,19 @@ def _read_file(path: str, name: str) -> bytes:
 
 def _download(url: str, name: str) -> bytes:
     try:
-        import httpx  # transformers and huggingface_hub depend on it
-
-        response = httpx.get(url, timeout=60, follow_redirects=True)
-        response.raise_for_status()
-    except Exception as error:
+        request = Request(url, headers={"User-Agent": "Mozilla/5.0"})  # some servers refuse Python's own
+        with urlopen(request, timeout=60) as response:
+            return response.read()
+    except (OSError, ValueError) as error:
         raise OSError(f"{name} cannot be downloaded: {error}") from error
-    return response.content
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
     """The first image of a file's content, upright."""
     if not data:
         raise ValueError(f"{name} is empty")
+    if data.startswith(PNG_SIGNATURE):
+        data = _without_comments(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large images are no attack here; damage is an error
@@ -243,20 +276,37 @@ def _decode(data: bytes, name: str) -> np.ndarray:
         return _from_pil(image, name, data)
 
 
+def _without_comments(data: bytes) -> bytes:
+    """A PNG without its ancillary chunks (text, dates and the like), at whose damage decoders stop; EXIF is kept.
+
+    A chunk that is cut off is kept as it is, so that the decoder sees that the file is.
+    """
+    kept, position = [data[:8]], 8
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        checksum = zlib.crc32(data[position + 4 : end - 4]).to_bytes(4, "big")
+        if not kind[:1].islower() or (kind == b"eXIf" and data[end - 4 : end] == checksum):
+            kept.append(data[position:end])
+        if kind == b"IEND":
+            break
+        position = end
+    return b"".join(kept)
+
+
 def _from_pil(image: "PIL.Image.Image", name: str, data: bytes | None = None) -> np.ndarray:
     if _is_cut_to_8_bits(image):
         data = _content(image, name) if data is None else data
         pixels = _decode_by_opencv(data, name, f"{name} is a 16-bit color image that is damaged")
+        if image.format == "TIFF":
+            return pixels  # OpenCV has turned it upright
         image = PIL.Image.open(BytesIO(data))  # asked for its orientation, the caller's image would be decoded
         return _turn_upright(pixels, image)
     try:
         image.load()
     except Exception as error:  # of many types, whose messages do not name the file
-        failure = f"{name} is damaged or cut off: {error}"
-        if image.format == "PNG" and data is not None:  # perhaps in no more than a comment after the pixels
-            return _decode_by_opencv(data, name, failure, error)
-        raise ValueError(failure) from error
-    return _turn_upright(_pil_to_array(image, name), image)
+        raise ValueError(f"{name} is damaged or cut off: {error}") from error
+    return _turn_upright(_pil_to_array(image, name), image)  # Pillow turns a TIFF itself, and then drops its tag
 
 
 def _turn_upright(pixels: np.ndarray, image: "PIL.Image.Image") -> np.ndarray:
@@ -280,6 +330,8 @@ def _pil_to_array(image: "PIL.Image.Image", name: str) -> np.ndarray:
         return _from_array(pixels, name, channels_last=True)
     if image.mode in PREMULTIPLIED_MODES:
         image = image.convert(PREMULTIPLIED_MODES[image.mode])
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # without the warning that Pillow gives otherwise
     if image.mode not in EIGHT_BIT_MODES:
         raise ValueError(f"{name} has Pillow's mode {image.mode}, which is no color or gray image")
     return _from_array(np.array(image.convert("RGB")), name, channels_last=True)
@@ -306,6 +358,8 @@ def _decodes_to_16_bits(image: Any) -> bool:
 
 def _content(image: Any, name: str) -> bytes:
     """The file of an image that Pillow has opened and not yet decoded."""
+    if image.tell() > 0:
+        raise ValueError(f"{name} is a later page of a file of 16-bit color images; give its pixels as an array")
     try:
         position = image.fp.tell()
         image.fp.seek(0)

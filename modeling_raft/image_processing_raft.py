@@ -28,7 +28,7 @@ class RaftImageProcessorKwargs(ImagesKwargs, total=False):
 
     height_padding: str
     min_size: int
-    intensity_range: tuple[float, float] | list[float] | None
+    intensity_range: Any
 
 
 class RaftImageProcessor(TorchvisionBackend):

@@ -1,6 +1,11 @@
 """Frames of every kind: the same pixels, the same flow and the same errors through every entry point."""
 
+import base64
+import http.server
 import io
+import struct
+import threading
+import warnings
 from pathlib import Path
 
 import cv2
@@ -232,10 +237,158 @@ def test_training_reads_the_frames_that_prediction_reads(kind, tmp_path):
             np.testing.assert_array_equal(ours, frame)
 
 
-def test_training_keeps_the_stored_grid():
-    files = turned((6, 6))
-    row = {"id": "0", **{f"image{i + 1}": {"bytes": data, "path": None} for i, data in enumerate(files)}}
-    assert read_pair(row)[0].shape == (WIDTH, HEIGHT, 3)
+def row_of(files: list[bytes]) -> dict:
+    return {"id": "7", **{f"image{i + 1}": {"bytes": data, "path": None} for i, data in enumerate(files)}}
+
+
+def tagged_tiff(image: np.ndarray, orientation: int) -> bytes:
+    """An uncompressed TIFF of any depth, written by OpenCV, with the tag added by hand: the last, unused entry."""
+    data = bytearray(cv2.imencode(".tiff", image, [cv2.IMWRITE_TIFF_COMPRESSION, 1])[1].tobytes())
+    start = int.from_bytes(data[4:8], "little")
+    count = int.from_bytes(data[start : start + 2], "little")
+    entries = [bytes(data[start + 2 + 12 * i : start + 14 + 12 * i]) for i in range(count)]
+    tag = struct.pack("<HHIHH", 274, 3, 1, orientation, 0)
+    entries = sorted(
+        [entry for entry in entries if entry[:2] != tag[:2]] + [tag], key=lambda e: struct.unpack("<H", e[:2])
+    )
+    data[4:8] = len(data).to_bytes(4, "little")
+    return bytes(data) + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "tiff", "16-bit rgb tiff", "16-bit gray tiff", "float rgb tiff"])
+def test_prediction_turns_upright_and_training_keeps_the_stored_grid(kind, orientation):
+    """The oracle turns arrays; both read the files that a camera stores."""
+    turn, mirror, flip = np.transpose, np.fliplr, np.flipud
+    steps = [[], [mirror], [flip, mirror], [flip], [turn], [turn, mirror], [turn, flip, mirror], [turn, flip]]
+
+    def upright(image):
+        for step in steps[orientation - 1]:
+            image = image.swapaxes(0, 1) if step is np.transpose else step(image)
+        return image
+
+    stored = PAIR
+    if kind == "png":
+        exif = PIL.Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        files = [encoded(PIL.Image.fromarray(frame), ".png", exif=exif.tobytes()) for frame in PAIR]
+    elif kind == "tiff":
+        files = [tagged_tiff(np.ascontiguousarray(frame[..., ::-1]), orientation) for frame in PAIR]
+    elif kind == "16-bit rgb tiff":
+        stored, files = scaled(DEEP), [tagged_tiff(np.ascontiguousarray(f[..., ::-1]), orientation) for f in DEEP]
+    elif kind == "16-bit gray tiff":
+        stored, files = as_rgb(scaled(GRAY_DEEP)), [tagged_tiff(frame, orientation) for frame in GRAY_DEEP]
+    else:
+        files = [tagged_tiff(np.float32(frame[..., ::-1] / 255), orientation) for frame in PAIR]
+    sources = [files] if kind == "float rgb tiff" else [files, [PIL.Image.open(io.BytesIO(data)) for data in files]]
+    for source in sources:
+        for ours, frame in zip(frames_raft.read_frames(source), stored, strict=True):
+            np.testing.assert_array_equal(ours, upright(frame))
+    for ours, frame in zip(read_pair(row_of(files)), stored, strict=True):
+        np.testing.assert_array_equal(ours, frame)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((np.nan, 0.5), "finite"),
+        ((0.5, 200.0), "0..1"),
+        ((5.0, 5.0), "0..1"),
+        ((-1.0, 0.5), "0..1"),
+        ((0.5, -0.0005), None),
+        ((200.0, 0.0), None),
+    ],
+)
+def test_training_and_prediction_take_the_same_floats(values, message):
+    frames = [np.full((8, 9), 0.25 * value, np.float32) for value in values]
+    for frame, value in zip(frames, values, strict=True):
+        frame[0, 0] = value
+    files = [encoded(PIL.Image.fromarray(frame), ".tif") for frame in frames]
+    if message is None:
+        for ours, other in zip(read_pair(row_of(files)), frames_raft.read_frames(files), strict=True):
+            np.testing.assert_array_equal(ours, other)
+        return
+    with pytest.raises(ValueError, match=message):
+        frames_raft.read_frames(files)
+    with pytest.raises(ValueError, match=f"7: .*{message}"):
+        read_pair(row_of(files))
+
+
+def test_integers_beyond_16_bits_do_not_wrap():
+    frames = [np.array([[-5, 70000, 3]], np.int32), np.array([[65536, 0, 9]], np.int32)]
+    files = [encoded(PIL.Image.fromarray(frame), ".tif") for frame in frames]
+    expected = as_rgb(scaled(frames))
+    for read in (read_pair(row_of(files)), frames_raft.read_frames(files)):
+        for ours, frame in zip(read, expected, strict=True):
+            np.testing.assert_array_equal(ours, frame)
+
+
+def test_a_fade_from_black_of_16_bits_takes_its_range_later():
+    frames = [np.full((8, 8), 500, np.uint16)] * 2 + [np.tile(np.uint16([1000, 3000]), (8, 4))] * 2
+    converted = [frame[0, :2, 0].tolist() for frame in read_frames(frames)]
+    assert converted == [[0, 0], [0, 0], [0, 255], [0, 255]]
+
+
+def test_a_later_page_of_16_bits_is_no_first_page():
+    pages = cv2.imencodemulti(".tiff", [frame[..., ::-1] for frame in DEEP])[1].tobytes()
+    image = PIL.Image.open(io.BytesIO(pages))
+    image.seek(1)
+    with pytest.raises(ValueError, match="frame 2 is a later page of a file of 16-bit color images"):
+        read_frame(image, "frame 2")
+
+
+def test_urls_are_read(monkeypatch, tmp_path):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=tmp_path)
+
+        def log_message(self, *_):
+            pass
+
+    (tmp_path / "a.png").write_bytes(KINDS["png"][1][0])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        np.testing.assert_array_equal(read_frame(f"{url}/a.png", "frame 1"), PAIR[0])
+        with pytest.raises(OSError, match=r"frame 1 \(.*/missing.png\) cannot be downloaded: .*404"):
+            frames_raft.read_frames([f"{url}/missing.png"])
+        server.shutdown()
+    text = base64.b64encode(KINDS["png"][1][0]).decode()
+    np.testing.assert_array_equal(read_frame(f"data:image/png;base64,{text}", "frame 1"), PAIR[0])
+
+
+def test_damage_beside_the_pixels_is_passed_over_in_silence(capfd):
+    """A text with a wrong checksum, before and after the pixels; a palette with transparency."""
+    data = KINDS["png"][1][0]
+    text = struct.pack(">I", 4) + b"tEXta\0bc" + bytes(4)
+    for damaged in (data[:33] + text + data[33:], data[:-12] + text + data[-12:]):
+        np.testing.assert_array_equal(read_frame(damaged, "frame 1"), PAIR[0])
+    palette = PIL.Image.fromarray(PAIR[0]).quantize(16)
+    transparent = encoded(palette, ".png", transparency=bytes(range(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_frame(transparent, "frame 1"), np.array(palette.convert("RGB")))
+        read_pair(row_of([transparent, transparent]))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("wrong", [(255, 0), (0,), "ab", 5, (None, 1), (0, float("inf"))])
+def test_a_wrong_range_of_intensities_is_refused_everywhere(wrong, folder, model):
+    message = r"intensity_range must be two numbers \(low, high\), low below high; got "
+    pair = KINDS["16-bit rgb png"][1]
+    for call in (
+        lambda: RaftImageProcessor()(pair, intensity_range=wrong, return_tensors="pt"),
+        lambda: pipeline("optical-flow", model=folder, device="cpu")(tuple(pair), intensity_range=wrong),
+        lambda: FlowVideo(model, pair, intensity_range=wrong),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_ints_are_a_range_of_intensities():
+    pair, processor = KINDS["16-bit rgb png"][1], RaftImageProcessor()
+    expected = processor(pair, intensity_range=(0.0, 65535.0), return_tensors="pt").pixel_values
+    assert torch.equal(processor(pair, intensity_range=(0, 65535), return_tensors="pt").pixel_values, expected)
 
 
 def test_training_refuses_frames_without_a_common_range():

@@ -47,9 +47,10 @@ def test_the_model_needs_torch_and_transformers_only():
         "transformers",
         "huggingface_hub",
         "numpy",  # transformers depends on it
-        *("collections", "copy", "dataclasses", "io", "math", "functools", "os", "pathlib", "typing", "warnings"),
+        *("collections", "copy", "dataclasses", "functools", "io", "math", "os", "pathlib", "typing", "urllib"),
+        *("warnings", "zlib"),
     }
-    optional = {"PIL", "torchvision", "cv2", "httpx"}  # under `if is_..._available():`, or in a `try`
+    optional = {"PIL", "torchvision", "cv2"}  # under `if is_..._available():`, or in a `try`
     for path in (PROJECT / "modeling_raft").glob("*_raft.py"):
         assert set(get_imports(path)) <= allowed, path
         assert imported(path) <= allowed | optional, path
