@@ -339,6 +339,14 @@ def test_shipped_stages_start_from_the_stage_before(path, monkeypatch):
         assert stage.config.resume_from_checkpoint == "auto"
 
 
+def test_frames_and_motion_grow_in_pretraining(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    stages = read_curriculum(PROJECT / "configs/curriculum/pretrain_synthetic_small.yaml").stages
+    for name in ("crop_size", "synthetic_image_size", "synthetic_displacement"):
+        values = [getattr(stage.config, name) for stage in stages]
+        assert values == sorted(values, key=max) and max(values[0]) < max(values[-1])
+
+
 @pytest.mark.parametrize("name", ["standard", "mixed"])
 def test_two_curricula_are_the_stages_of_the_paper(name, monkeypatch):
     path = PROJECT / f"configs/curriculum/{name}.yaml"

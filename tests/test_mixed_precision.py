@@ -319,8 +319,8 @@ def test_a_run_skips_steps_that_overflow_in_float16(run_in_float16, tmp_path):
         good %= 4
 
     # A skipped step does not advance the schedule: steps that are taken see all its rates, in order.
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    schedule = train_flow.make_schedule(optimizer, 1e-3, num_steps)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    schedule = train_flow.make_schedule(optimizer, 3e-4, num_steps)
     for learning_rate, taken in zip(learning_rates, changed, strict=True):
         assert learning_rate == schedule.get_last_lr()[0]
         if taken:

@@ -61,7 +61,7 @@ def test_log_has_the_promised_figures(finished_run):
         assert list(line) == expected
         assert all(math.isfinite(value) for value in line.values())
         assert 0 <= line["1px"] <= line["3px"] <= line["5px"] <= 1
-    assert training[0]["learning_rate"] == pytest.approx(1e-3 / 25)
+    assert training[0]["learning_rate"] == pytest.approx(3e-4 / 25)
     validation = [line for line in lines if "validation/synthetic/epe" in line]
     assert [line["step"] for line in validation] == [2, 4]
 
@@ -78,7 +78,7 @@ def test_tensorboard_has_figures_and_a_picture_strip(finished_run):
 @pytest.mark.parametrize(("processes", "per_device"), [(1, "1"), (2, "2")])
 def test_learning_rates_are_the_one_cycle_schedules(tmp_path, processes, per_device):
     """Of each optimizer step, by the published formula, with accumulation and with two processes."""
-    steps, peak = 7, 1e-3
+    steps, peak = 7, 3e-4
     result = train(tmp_path / "run", processes=processes, per_device_train_batch_size=per_device, max_train_steps="7")
     assert result.returncode == 0, result.stderr
     total = steps + 100
@@ -94,7 +94,7 @@ def test_learning_rates_are_the_one_cycle_schedules(tmp_path, processes, per_dev
 
 def test_run_config_repeats_the_run(finished_run, tmp_path):
     settings = yaml.safe_load((finished_run / "run_config.yaml").read_text())
-    assert settings["learning_rate"] == 1e-3 and settings["per_device_train_batch_size"] == 2
+    assert settings["learning_rate"] == 3e-4 and settings["per_device_train_batch_size"] == 2
     assert settings["mixed_precision"] == "no" and "hub_token" not in settings
     path = str(finished_run / "run_config.yaml")
     settings = dict.fromkeys(TINY_RUN)
@@ -106,7 +106,7 @@ def test_run_config_repeats_the_run(finished_run, tmp_path):
 def test_model_card_says_what_the_run_did(finished_run):
     card = (finished_run / "README.md").read_text()
     assert "{{" not in card and "{%" not in card
-    for part in ("- optical-flow", "model-index", "random weights", "Synthetic pairs", "| learning_rate | 0.001 |"):
+    for part in ("- optical-flow", "model-index", "random weights", "Synthetic pairs", "| learning_rate | 0.0003 |"):
         assert part in card
     last = [line for line in read_log(finished_run / "train_log.jsonl") if "validation/synthetic/epe" in line][-1]
     assert f"{last['validation/synthetic/epe']:.3f}" in card

@@ -27,7 +27,7 @@ TINY_RUN = {
     "num_flow_updates": "2",
     "total_batch_size": "4",
     "max_train_steps": "4",
-    "learning_rate": "1e-3",
+    "learning_rate": "3e-4",  # low: rounding grows fast where gradients are large
     "logging_steps": "1",
     "dataloader_num_workers": "0",
     "report_to": "none",
