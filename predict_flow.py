@@ -136,7 +136,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             refuse_url(path)
         except ValueError as error:
             parser.error(str(error))
-    args.names_folder = args.output.endswith(("/", os.sep))  # which pathlib forgets
+    args.names_folder = args.output.endswith(("/", os.sep)) or os.path.isdir(args.output)  # pathlib drops the slash
     args.output, args.frames = Path(args.output), [Path(find_path(path)) for path in args.frames]
     args.video = None if args.video is None else Path(find_path(args.video))
     for name, reason in useless_flags(args).items():
@@ -156,7 +156,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def useless_flags(args: argparse.Namespace) -> dict[str, str]:
     """Flags that would change nothing -> why."""
     is_pair, suffix = len(args.frames) == 2, args.output.suffix.lower()
-    is_film = suffix in WRITTEN_FORMATS and not (is_pair or args.names_folder or args.output.is_dir())
+    is_film = suffix in WRITTEN_FORMATS and not (is_pair or args.names_folder)
     is_coloured = is_film or (args.format or "colour" if is_pair and suffix == ".png" else args.format) == "colour"
     useless = {}
     if is_pair:
@@ -228,14 +228,14 @@ def open_output(args: argparse.Namespace, source: Source) -> FlowFiles | FlowFil
         files = FlowFiles(lambda index: args.output, format, *further)
         check_targets(args, source, files.paths(0))
         return files
-    if suffix in WRITTEN_FORMATS and not (args.names_folder or args.output.is_dir()):
+    if suffix in WRITTEN_FORMATS and not args.names_folder:
         if args.format not in (None, "colour"):
             raise ValueError(f"--format {args.format} needs a folder for --output; a video is of colours")
         check_targets(args, source, result_paths(args.output, args.backward, args.occlusion, suffix))
         return FlowFilms(args.output, source.frame_rate, *further)
     # A folder may have a dot in its name; one that looks like the file of a single pair is a mistake.
     file_suffixes = (*FLOW_SUFFIXES, *VIDEO_SUFFIXES, *Image.registered_extensions())
-    if suffix in file_suffixes and not (args.names_folder or args.output.is_dir()):
+    if suffix in file_suffixes and not args.names_folder:
         raise ValueError(
             f"--output must be a folder, or a video ending in one of {', '.join(WRITTEN_FORMATS)}; got {args.output}"
         )
