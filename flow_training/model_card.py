@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flow_data.licences import PROVENANCE
+from flow_data.shipped_files import shipped_path
 from flow_data.sources import SOURCES
 from flow_training.config import split_validation_set
 from flow_training.evaluation import PROTOCOLS
@@ -51,17 +52,6 @@ class RunRecord:
     lineage: list[str]
 
 
-def find_card_template() -> Path:
-    """The card's template: in a checkout beside the packages, else where the installation put it."""
-    path = Path(__file__).resolve().parents[1] / CARD_TEMPLATE
-    if path.is_file():
-        return path
-    for file in importlib.metadata.files("raft-flow-trainer") or []:
-        if file.name == CARD_TEMPLATE:
-            return Path(str(file.locate())).resolve()
-    raise FileNotFoundError(f"{CARD_TEMPLATE} is neither beside the packages nor in the installation; install again")
-
-
 def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
     """The card of a finished run, or of one that still goes on, which it says then."""
     run_config = record.run_config
@@ -78,7 +68,7 @@ def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
     data[LINEAGE] = record.lineage
     return ModelCard.from_template(
         data,
-        template_path=str(find_card_template()),
+        template_path=str(shipped_path(CARD_TEMPLATE)),
         name=name,
         source=quoted(source),
         size=model_size(model),

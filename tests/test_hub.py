@@ -1,21 +1,18 @@
-"""What is published of a run and what its card says, and the card's template where there is no checkout."""
+"""What is published of a run and what its card says."""
 
 import math
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PROJECT
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from test_modeling_raft import tiny_config
 
 from flow_training import hub
 from flow_training.config import parse_config
-from flow_training.model_card import RunRecord, find_card_template, read_lineage
+from flow_training.model_card import RunRecord, read_lineage
 from flow_training.model_folder import write_run
 from modeling_raft import RaftForOpticalFlow
 
@@ -29,7 +26,7 @@ REPORT = {
 }  # fmt: skip
 
 
-MODEL_CODE = {path.name for path in (find_card_template().parent / "modeling_raft").glob("*_raft.py")}
+MODEL_CODE = {path.name for path in (PROJECT / "modeling_raft").glob("*_raft.py")}
 PUBLISHED = {
     "model.safetensors",
     "config.json",
@@ -154,33 +151,6 @@ def test_an_error_that_quotes_the_token_is_shown_without_it(monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", refuse)
     with pytest.raises(OSError, match="Bearer TOKEN' more$"):
         hub.create_repository("user/model", "hf_secret", private=False)
-
-
-@pytest.mark.slow
-def test_template_travels_with_an_installation(tmp_path):
-    """Installed without -e, into a folder of its own, used from elsewhere."""
-    checkout = find_card_template().parent
-    project = tmp_path / "project"  # a copy: building leaves files behind
-    shutil.copytree(checkout, project, ignore=shutil.ignore_patterns(".*", "outputs", "tests", "build", "*.egg-info"))
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    install += ["--ignore-installed"]  # else pip takes the project out of the environment that runs the tests
-    subprocess.run([*install, "--prefix", tmp_path / "prefix", project], check=True, capture_output=True)
-    (packages,) = (tmp_path / "prefix").rglob("site-packages")
-    code = (
-        f"import sys; sys.path = [{str(packages)!r}] + [p for p in sys.path if p]\n"
-        "import flow_training.model_card as card; print(card.__file__); print(card.find_card_template())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": ""},
-    )
-    assert result.returncode == 0, result.stderr
-    module, template = result.stdout.split()
-    assert module.startswith(str(tmp_path / "prefix")) and template.startswith(str(tmp_path / "prefix"))
-    assert "{{ card_data }}" in open(template).read()
 
 
 def test_run_config_is_yaml(tmp_path):

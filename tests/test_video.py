@@ -323,7 +323,10 @@ def test_bad_settings_are_named(model):
         ({"held_tolerance": -0.1}, "held_tolerance must be at least 0"),
         ({"max_side": 56}, "max_side must be at least 64; got 56"),
         ({"min_side": 0}, "min_side must be at least 1; got 0"),
-        ({"intensity_range": (5, 5)}, r"intensity_range must be two numbers \(low, high\), low below high; got \(5, 5\)"),
+        (
+            {"intensity_range": (5, 5)},
+            r"intensity_range must be two numbers \(low, high\), low below high; got \(5, 5\)",
+        ),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"mixed_precision": "fp8"}, "must be one of no, bf16, fp16"),
     ):

@@ -1,0 +1,69 @@
+"""Files that ship with the project, found from a checkout and from an installed wheel: recipes, weights, templates."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+PROJECT_FILE = "setup.cfg"  # stands beside the packages in a checkout, and never in an installation
+DISTRIBUTION = "raft-flow-trainer"
+SHARE = ("share", DISTRIBUTION)  # setup.cfg's data_files put everything below this folder of the environment
+
+
+def shipped_path(name: str) -> Path:
+    """Find a file or folder that ships with the project.
+
+    Args:
+        name: Relative to the root of a checkout: `"pretrained/raft-small-synthetic"`, `"configs/chairs.yaml"`,
+            `"model_card.md"`. An installed wheel has it at the same place below `share/raft-flow-trainer`.
+
+    Returns:
+        An absolute path, which exists.
+
+    Raises:
+        FileNotFoundError: The project ships no such file, or it was installed incompletely.
+    """
+    root = CHECKOUT if (CHECKOUT / PROJECT_FILE).is_file() else _installed_root()
+    if root is None:
+        raise FileNotFoundError(f"{name} ships with {DISTRIBUTION}, and that is not installed; install it again")
+    if not (root / name).exists():
+        raise FileNotFoundError(f"{DISTRIBUTION} ships no {name}; it was looked for in {root}")
+    return root / name
+
+
+def _installed_root() -> Path | None:
+    """The folder of an installation's shared files, from pip's record of what it has installed where."""
+    try:
+        files = importlib.metadata.files(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        for depth, pair in enumerate(zip(reversed(file.parts[:-1]), reversed(file.parts[:-2]), strict=False)):
+            if pair == SHARE[::-1]:
+                # The record's `..` are taken out of the text, since folders of an environment may be symbolic links.
+                return Path(os.path.normpath(str(file.locate()))).parents[depth]
+    return None
+
+
+def find_config(name: str, folder: str = "configs") -> Path:
+    """Find a YAML file by its path, or by its name among those that ship with the project.
+
+    Args:
+        name: A path; or the name of a shipped file, with or without its suffix: `"chairs"` is `configs/chairs.yaml`.
+        folder: Of the shipped files, as `shipped_path` takes it.
+
+    Returns:
+        The path as it was given where there is such a file, else that of the shipped file.
+
+    Raises:
+        FileNotFoundError: There is neither such a file nor a shipped one of that name.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if len(path.parts) == 1:
+        try:
+            return shipped_path(f"{folder}/{path.name.removesuffix('.yaml')}.yaml")
+        except FileNotFoundError:
+            pass  # the message below names what the user typed
+    raise FileNotFoundError(f"no such file: {name}")

@@ -1,0 +1,98 @@
+"""The project installed as a wheel, used from a folder that is no checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+from flow_data.shipped_files import find_config, shipped_path
+
+
+class Installation:
+    """The project in an environment of its own, whose dependencies are those of the tests."""
+
+    def __init__(self, folder: Path):
+        source = folder / "source"  # a copy: building leaves files behind
+        shutil.copytree(
+            PROJECT, source, ignore=shutil.ignore_patterns(".*", "outputs", "tests", "build", "*.egg-info")
+        )
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+        install += ["--ignore-installed"]  # else pip takes the project out of the environment that runs the tests
+        subprocess.run([*install, "--prefix", folder / "prefix", source], check=True, capture_output=True)
+        shutil.rmtree(source)
+        self.prefix, self.elsewhere = folder / "prefix", folder / "elsewhere"
+        self.elsewhere.mkdir()
+        (self.packages,) = self.prefix.rglob("site-packages")
+
+    def run(self, code: str) -> str:
+        """What a Python program prints that sees this installation, and the checkout not at all."""
+        start = f"import sys; sys.path = [{str(self.packages)!r}] + [p for p in sys.path if p]\n"
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", start + code],
+            cwd=self.elsewhere,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": ""},
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory) -> Installation:
+    return Installation(tmp_path_factory.mktemp("installation"))
+
+
+@pytest.mark.slow
+def test_shipped_files_travel_with_an_installation(installation):
+    names = [
+        "model_card.md",
+        "configs",
+        *(str(path.relative_to(PROJECT)) for path in PROJECT.glob("configs/**/*.yaml")),
+    ]
+    assert len(names) > 15
+    printed = installation.run(
+        "import flow_data.shipped_files as shipped\n"
+        "print(shipped.__file__)\n"
+        f"for name in {names!r}: print(shipped.shipped_path(name))\n"
+        "print(shipped.find_config('chairs'))"
+    ).splitlines()
+    module, *paths, chairs = printed
+    assert Path(module).is_relative_to(installation.prefix)
+    for name, path in zip(names, map(Path, paths), strict=True):
+        assert path == installation.prefix / "share/raft-flow-trainer" / name
+        assert path.is_dir() or path.read_bytes() == (PROJECT / name).read_bytes()
+    assert Path(chairs).read_bytes() == (PROJECT / "configs/chairs.yaml").read_bytes()
+
+
+@pytest.mark.slow
+def test_an_installation_without_a_file_names_it(installation):
+    printed = installation.run(
+        "from flow_data.shipped_files import shipped_path\n"
+        "try: shipped_path('configs/none.yaml')\n"
+        "except FileNotFoundError as error: print(error)"
+    )
+    assert printed.startswith("raft-flow-trainer ships no configs/none.yaml; it was looked for in ")
+
+
+def test_a_checkout_has_its_own_files():
+    assert shipped_path("configs/chairs.yaml") == PROJECT / "configs/chairs.yaml"
+    with pytest.raises(FileNotFoundError, match="raft-flow-trainer ships no configs/none.yaml"):
+        shipped_path("configs/none.yaml")
+
+
+def test_recipes_are_found_by_path_and_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = PROJECT / "configs/chairs.yaml"
+    assert find_config("chairs") == find_config("chairs.yaml") == shipped
+    assert find_config("cpu", "configs/accelerate") == PROJECT / "configs/accelerate/cpu.yaml"
+    assert find_config(str(shipped)) == shipped
+    Path("chairs").write_text("gamma: 0.5\n")
+    assert find_config("chairs") == Path("chairs")  # a file of the user's wins
+    for name in ("chair", "configs/chairs.yaml", "../chairs", ""):
+        with pytest.raises(FileNotFoundError, match=f"no such file: {name}$"):
+            find_config(name)
