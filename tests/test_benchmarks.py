@@ -6,15 +6,20 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from benchmarks import bench_data, bench_inference, bench_on_demand, bench_scaling, cost, report
+from benchmarks import bench_accuracy, bench_data, bench_inference, bench_on_demand, bench_scaling, cost, report
 from benchmarks.agreement import check_flows, check_losses, estimate_flows
 from benchmarks.contenders import Contender, make_pairs
 from benchmarks.cost import Job
 from benchmarks.machine import describe_machine, machine_in_words
+from benchmarks.made_up_data import write_pairs
 from benchmarks.memory_needed import estimate_bytes, fits
 from benchmarks.own_process import peak_bytes, resident_bytes
 from benchmarks.rounds import spread, time_in_rounds, times_as_fast
+from flow_data.sources import load_source
+from flow_training.evaluation import PROTOCOLS, evaluate
+from modeling_raft import RaftConfig, RaftForOpticalFlow
 
 CPU = torch.device("cpu")
 PEER = Contender("torchvision", "small")
@@ -256,3 +261,28 @@ def test_the_machine_is_described_without_its_name():
     words = machine_in_words(machine)
     assert f"torch {torch.__version__.split('+')[0]}" in words and f"{machine['cores']} cores" in words
     assert machine["gpu"] is None and machine["memory_gb"] > 0
+
+
+def test_accuracy_of_models_and_classical_methods(tmp_path, capsys):
+    """Each row is the end-point error of its method, a model's that of `evaluate_flow.py` on the same pairs."""
+    write_pairs("flying_chairs", tmp_path, (128, 160), 2)
+    model = RaftForOpticalFlow(RaftConfig.small())
+    model.save_pretrained(tmp_path / "model")
+    bench_accuracy.main(
+        ["--data_root", str(tmp_path), "--models", f"{tmp_path / 'model'}@2", "--output", str(tmp_path / "out.json")]
+    )
+    results = json.loads((tmp_path / "out.json").read_text())["results"]["flying_chairs"]
+    dataset = load_source("flying_chairs", tmp_path / "FlyingChairs_release", "all")
+    report = evaluate(model.eval(), dataset, PROTOCOLS["flying_chairs"], Accelerator(cpu=True), 2)
+    for metric in ("epe", "epe_per_image", "fl_all"):
+        assert results[f"{tmp_path / 'model'}@2"][metric] == pytest.approx(report["metrics"][metric])
+    assert results["zero flow"]["epe"] == pytest.approx(report["zero_flow_epe"])
+    table = capsys.readouterr().out
+    for method, metrics in results.items():
+        assert f"| {method} | {metrics['epe_per_image']:.2f} |" in table
+    assert {"Farneback", "DIS, medium"} < set(results)
+
+
+def test_accuracy_names_a_folder_without_data_sets(tmp_path):
+    with pytest.raises(SystemExit, match="--data_root must hold one of .*; got"):
+        bench_accuracy.main(["--data_root", str(tmp_path)])
