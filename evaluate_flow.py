@@ -3,7 +3,7 @@
 python evaluate_flow.py --model DIR_OR_REPO --dataset sintel_clean --data_dir datasets/Sintel --output report.json
 python evaluate_flow.py --model DIR_OR_REPO --dataset kitti_2015 --data_dir datasets/KITTI --submission kitti_results
 
-Under `accelerate launch`, processes share the pairs. docs/evaluation.md tells what the figures are.
+Under `accelerate launch`, processes share the pairs. docs/evaluation.md explains the metrics.
 """
 
 import argparse
@@ -41,16 +41,15 @@ from flow_inference.submission import (
     read_frames,
     write_result,
 )
-from flow_training.config import nearest
 from flow_training.evaluation import DTYPES, PROTOCOLS, Protocol, check_precision, evaluate
-from flow_training.metrics import format_metric
+from flow_training.flags import nearest
+from flow_training.metrics import format_metric, to_json
 from flow_training.processes import refuse_sharding
-from flow_training.strict_json import to_json
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 PICTURE_PAIRS = 4
-NAMED_PAIRS = 8  # in a sentence
+NAMED_PAIRS = 8  # at most, in a message
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,12 +60,12 @@ def main(argv: list[str] | None = None) -> None:
             accelerator = Accelerator(mixed_precision=args.mixed_precision)
         check_precision(accelerator)
         if not accelerator.is_main_process:
-            logging.getLogger("flow_data").setLevel(logging.ERROR)  # what is missing from the data is said once
+            logging.getLogger("flow_data").setLevel(logging.ERROR)  # warnings about the data are logged once
         if args.submission is None:
             report(args, accelerator)
         else:
             submit(args, accelerator)
-        accelerator.end_training()  # leaves the group of processes, whose threads may else abort this one as it ends
+        accelerator.end_training()  # leaves the process group: its threads may abort this process as it ends
     except Exception as error:
         message = explain_out_of_memory(error, "the evaluation", advise_on_memory(args))
         if message is None and not isinstance(error, (ValueError, OSError)):
@@ -78,10 +77,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def use_device(name: str | None) -> AbstractContextManager:
-    """Within it, an `Accelerator` is made for this device; None: as accelerate chooses.
+    """A context in which an `Accelerator` uses this device; None: the one that accelerate chooses.
 
     Raises:
-        ValueError: There is no such device, or several processes would share it.
+        ValueError: The device does not exist, or several processes would share it.
     """
     if name is None:
         return nullcontext()
@@ -91,7 +90,7 @@ def use_device(name: str | None) -> AbstractContextManager:
 
 
 def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Evaluate; print the figures, write and draw what is asked for."""
+    """Evaluate, print the metrics, and write the report and the image that are asked for."""
     split = args.split or PROTOCOLS[args.dataset].split
     dataset = open_dataset(args, split)
     for flag, path in (("--output", args.output), ("--picture", args.picture)):
@@ -99,7 +98,7 @@ def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
             prepare_folders([path], flag)
     model = load_raft(args.model).eval().to(accelerator.device)
     protocol = PROTOCOLS[args.dataset]
-    figures = evaluate(
+    results = evaluate(
         model,
         dataset,
         protocol,
@@ -111,26 +110,26 @@ def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if not accelerator.is_main_process:
         return
 
-    used = figures["protocol"]
-    print(f"{args.dataset} {split}: {figures['num_pairs']} pairs, {describe(args, used)}")
-    for name, value in figures["metrics"].items():
+    used = results["protocol"]
+    print(f"{args.dataset} {split}: {results['num_pairs']} pairs, {describe(args, used)}")
+    for name, value in results["metrics"].items():
         print(f"  {name:16} {format_metric(value, 4)}")
-    print(f"  (zero flow: epe {format_metric(figures['zero_flow_epe'], 4)})")
-    for line in describe_missing_metrics(figures):
+    print(f"  (zero flow: epe {format_metric(results['zero_flow_epe'], 4)})")
+    for line in describe_missing_metrics(results):
         print(f"  {line}")
     if args.output is not None:
-        contents = {"dataset": args.dataset, "split": split, **figures}
+        contents = {"dataset": args.dataset, "split": split, **results}
         with whole_file(args.output) as partial:
             partial.write_text(to_json(contents, indent=2) + "\n")
     if args.picture is not None:
         with accelerator.autocast():
-            picture = draw_pairs(model, dataset, protocol, used["num_flow_updates"], args.warm_start)
+            image = draw_pairs(model, dataset, protocol, used["num_flow_updates"], args.warm_start)
         with whole_file(args.picture) as partial:
-            picture.save(partial)
+            image.save(partial)
 
 
 def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Write the flow of every pair for the benchmark's server, and say what is missing."""
+    """Write the flow of every pair for the benchmark's server, and report what is missing."""
     check_submission(args.dataset)
     submission, protocol = SUBMISSIONS[args.dataset], PROTOCOLS[args.dataset]
     split = args.split or submission.split
@@ -143,7 +142,7 @@ def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
     share = shares[accelerator.process_index]
     updates = args.num_flow_updates or protocol.num_flow_updates
     used = {"num_flow_updates": updates, "dtype": DTYPES[accelerator.mixed_precision]}
-    clipped = []  # shares of the pixels of each pair
+    clipped = []  # share of the pixels of each pair
     with (
         accelerator.autocast(),
         tqdm(total=sum(map(len, share)), desc="predicting", disable=not accelerator.is_main_process) as bar,
@@ -158,18 +157,18 @@ def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
         print(f"{args.dataset} {split}: {len(paths)} files in {args.submission}, {describe(args, used)}")
         if clipped_sum:
             print(f"  warning: {describe_loss(clipped_sum / len(paths), paths[0].suffix)} and were clipped to it")
-        faults = find_missing(args.dataset, split, args.submission, list(dataset["id"]))
-        for fault in faults:
-            print(f"  incomplete: {fault}")
-        if not faults:
-            print("  complete; docs/evaluation.md tells how to hand it in")
+        problems = find_missing(args.dataset, split, args.submission, list(dataset["id"]))
+        for problem in problems:
+            print(f"  incomplete: {problem}")
+        if not problems:
+            print("  complete; docs/evaluation.md explains how to submit it")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, repository id, or file of weights of RAFT")
     parser.add_argument("--dataset", required=True, help=", ".join(sorted(PROTOCOLS)))
-    parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: pictures to cut textures from")
+    parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: images to cut textures from")
     parser.add_argument(
         "--split",
         help="default: what the published protocol evaluates, or with --submission the test split; 'all' for every "
@@ -185,8 +184,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu; default: the GPU if there is one")
     parser.add_argument("--output", type=Path, help="report to write, JSON")
-    parser.add_argument("--picture", type=Path, help=f"picture to write of the first {PICTURE_PAIRS} pairs: frame 1, "
-                        "true flow, predicted flow, error")  # fmt: skip
+    parser.add_argument("--picture", type=Path, help=f"image to write of the first {PICTURE_PAIRS} pairs: frame 1, "
+                        "ground truth, predicted flow, error")  # fmt: skip
     parser.add_argument("--submission", type=Path, metavar="DIR", help="instead of a report, write the flow of the "
                         f"test split in the server's format; for {', '.join(SUBMISSIONS)}")  # fmt: skip
     parser.add_argument("--synthetic_num_pairs", type=int, help="pairs of the synthetic split, default 64")
@@ -206,7 +205,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1; got {value}")
     if args.picture is not None and Image.registered_extensions().get(args.picture.suffix.lower()) not in Image.SAVE:
-        parser.error(f"--picture must end in the suffix of a picture, .png say; got {args.picture}")
+        parser.error(f"--picture must end in the suffix of an image, .png for example; got {args.picture}")
     if args.warm_start and args.batch_size > 1:
         parser.error(f"--warm_start predicts one pair after the other: leave out --batch_size {args.batch_size}")
     if args.submission is not None and (args.output or args.picture):
@@ -215,7 +214,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_dataset(args: argparse.Namespace, split: str):
-    """The rows that the arguments name."""
+    """Open the rows that the arguments name."""
     check_split(args.dataset, split)
     if args.dataset == "synthetic":
         options = SyntheticOptions(textures=args.data_dir, **given_flags(args))
@@ -229,7 +228,7 @@ def open_dataset(args: argparse.Namespace, split: str):
 
 
 def advise_on_memory(args: argparse.Namespace) -> str:
-    """What needs less memory than these arguments."""
+    """Say what needs less memory than these arguments."""
     batch = "" if args.batch_size == 1 else f"Predict fewer pairs at once than --batch_size {args.batch_size}. "
     return (
         f"{batch}Correlation is computed on demand where memory looks too short for all pairs of pixels; "
@@ -239,13 +238,13 @@ def advise_on_memory(args: argparse.Namespace) -> str:
 
 
 def describe(args: argparse.Namespace, used: dict[str, Any]) -> str:
-    """How flow was predicted, for people; `used` is the report's protocol."""
+    """Describe how flow was predicted, from the `protocol` of the report."""
     warm_start = ", warm start" if args.warm_start else ""
     return f"{used['num_flow_updates']} updates, {used['dtype']}{warm_start}"
 
 
 def describe_missing_metrics(report: dict[str, Any]) -> list[str]:
-    """Why metrics of a report do not exist, for people."""
+    """Explain which metrics of a report do not exist, and why; a line for each reason."""
     unknown = [pair["id"] for pair in report["per_pair"] if not math.isfinite(pair["fl_all"])]
     lines = []
     if len(unknown) == report["num_pairs"]:
@@ -262,7 +261,7 @@ def describe_missing_metrics(report: dict[str, Any]) -> list[str]:
 def draw_pairs(
     model: RaftForOpticalFlow, dataset, protocol: Protocol, num_flow_updates: int, warm_start: bool
 ) -> Image.Image:
-    """The first pairs of a data set as they were predicted: frame 1, true flow, predicted flow, error."""
+    """Draw the first pairs of a data set: frame 1, ground truth, predicted flow, error."""
     chunks = chunk_rows(dataset, warm_start=warm_start)
     predictions = predict_rows(model, dataset, chunks, to_sample, num_flow_updates, protocol.padding, warm_start)
     rows = [

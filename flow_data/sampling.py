@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 
 from flow_data.features import FlowSample, to_sample
 from flow_data.out_of_memory import is_out_of_memory
@@ -21,6 +21,10 @@ PIXEL_VALUES = 2 * (np.arange(256, dtype=np.float32) / 255) - 1  # of each grey 
 # Streams of random numbers that must not repeat each other, told apart by a second word of the seed.
 ORDER, AUGMENTATION, NOISE_SIGMA, NOISE, REPLACEMENT = range(5)
 MAX_REPLACEMENTS = 100  # bad pairs in a row: then it is not the pairs that are bad
+
+
+class SampleError(ValueError):
+    """A pair cannot be read; the message names its source and what is wrong with it."""
 
 
 class MixSource(NamedTuple):
@@ -97,22 +101,25 @@ class TrainingPairs(Dataset):
 
         Returns:
             `number`; `id`; `pixel_values` `(2, 3, H, W)` float32 in [-1, 1]; `labels` `(2, H, W)` float32, pixels;
-            `valid` `(H, W)` bool; `replaced`, what was wrong with the pair in whose place this one is, or "". Or
-            nothing but `error`, what is wrong, in words: from a worker, an exception would come with its traceback.
+            `valid` `(H, W)` bool; `replaced`, what was wrong with the pair in whose place this one is, or "".
+
+        Raises:
+            SampleError: The pair cannot be read, and `skip_bad` is off or too many others cannot be read either.
+            MemoryError: Memory ran out.
         """
         number, position = key
-        fault = ""
+        problem = ""
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
-                return self._load(number, position) | {"replaced": fault}
+                return self._load(number, position) | {"replaced": problem}
             except (ValueError, OSError) as error:
-                if is_out_of_memory(error):  # is no fault of the pair
+                if is_out_of_memory(error):  # which says nothing about the pair
                     raise MemoryError(str(error)) from error
-                fault = fault or f"{self._source_of(position)[0].name}: {error}"
+                problem = problem or f"{self._source_of(position)[0].name}: {error}"
             if not self.skip_bad:
-                return {"error": fault}
+                raise SampleError(problem)
             position = int(np.random.default_rng([self.seed, REPLACEMENT, number, attempt]).integers(len(self)))
-        return {"error": f"{fault}; and so on, {MAX_REPLACEMENTS} pairs in its place"}
+        raise SampleError(f"{problem}; {MAX_REPLACEMENTS} others that were tried cannot be read either")
 
     def _load(self, number: int, position: int) -> dict[str, Any]:
         source, row_number = self._source_of(position)
@@ -153,18 +160,6 @@ def _to_pixel_values(sample: FlowSample) -> torch.Tensor:
         for plane, scaled in zip(cv2.split(image), planes, strict=True):
             cv2.LUT(plane, PIXEL_VALUES, dst=scaled)
     return torch.from_numpy(pixel_values)
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the samples of a batch; or nothing but `error` of those that have one.
-
-    `number` stays a list: as a tensor it would go to the device, and looking at it there would wait for all before it.
-    """
-    errors = [sample["error"] for sample in samples if "error" in sample]
-    if errors:
-        return {"error": errors}
-    tensors = [{name: value for name, value in sample.items() if name != "number"} for sample in samples]
-    return default_collate(tensors) | {"number": [sample["number"] for sample in samples]}
 
 
 def use_one_thread(worker_id: int) -> None:

@@ -1,61 +1,78 @@
-"""Checkpoints from which a run goes on exactly: written whole or not at all, the oldest removed last."""
+"""Checkpoints, and how a run is resumed from one: bit by bit as if it had not been interrupted.
+
+A checkpoint is written completely or not at all, and the oldest is removed last. All rules of resuming are here: which
+checkpoint it is, which settings must not have changed since, what of the state is restored, which command resumes.
+"""
 
 import os
 import re
+import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flow_data.out_of_memory import is_out_of_memory
-from flow_training.config import read_yaml
-from flow_training.ema import ExponentialMovingAverage
+from flow_training.config import CHANGEABLE_ON_RESUME, FIELDS, TrainingConfig, without_token
+from flow_training.flags import read_yaml
+from flow_training.metrics import ERROR_SUMS
+from flow_training.optimization import ExponentialMovingAverage, override_hyperparameters
+from flow_training.run_log import FILE_NAME, read_log
 from modeling_raft import RaftForOpticalFlow
 
-logger = get_logger(__name__)  # the main process speaks for all
+logger = get_logger(__name__)  # only the main process logs
 NAME = re.compile(r"checkpoint-(\d+)")
 SETTINGS = "settings.yaml"
 UNFINISHED, REMOVED = "unfinished-", "removed-"
+STEP_TOTALS = ("steps", "loss", "grad_norm", "skipped_steps")  # what every objective has in a log line
+
+
+class ResumeError(ValueError):
+    """A checkpoint cannot be resumed from."""
 
 
 class RunProgress:
-    """What a run must remember beside weights, optimizer, schedule and random states.
+    """The state of a run beside weights, optimizer, schedule and random states.
 
     Args:
-        num_sums: Length of the vector of sums behind the next log line.
         ema: Average of the weights, with `ema_decay`.
     """
 
-    def __init__(self, num_sums: int, ema: ExponentialMovingAverage | None = None):
+    def __init__(self, ema: ExponentialMovingAverage | None = None):
         self.step = 0  # optimizer steps done
-        self.sums = torch.zeros(num_sums, dtype=torch.float64)
+        self.totals: dict[str, float] = {}  # since the last log line: `STEP_TOTALS`, and the objective's
         self.ema = ema
-        self.validation_due = False  # stopped after the step and before its validation
+        self.validation_due = False  # the run was stopped after the step and before its validation
         self.bad_samples: dict[str, int] = {}  # what was wrong with pairs that were replaced -> how often
-        self.steps_without_truth = 0  # how many of the last steps in a row had no pixel that counts for the loss
+        self.steps_without_pixels = 0  # how many of the last steps in a row had no pixel that counts for the loss
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "sums": self.sums.tolist(),
+            "totals": self.totals,
             "validation_due": self.validation_due,
             "bad_samples": self.bad_samples,
-            "steps_without_truth": self.steps_without_truth,
+            "steps_without_truth": self.steps_without_pixels,
             "ema": None if self.ema is None else self.ema.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        # Checkpoints of older versions have a list, in this order and with fl_all, which is not logged.
+        listed = zip((*STEP_TOTALS, *ERROR_SUMS[:-1]), state.get("sums", []), strict=False)
+        self.totals = state["totals"] if "totals" in state else dict(listed)
         self.validation_due = state["validation_due"]
         self.bad_samples = dict(state["bad_samples"])
-        self.steps_without_truth = state.get("steps_without_truth", 0)  # not in checkpoints of older versions
-        average = state.get("ema")  # likewise
+        self.steps_without_pixels = state.get("steps_without_truth", 0)  # older versions have neither
+        average = state.get("ema")
         if self.ema is not None and average is not None:
             self.ema.load_state_dict(average)
         elif self.ema is not None:
@@ -65,7 +82,7 @@ class RunProgress:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first; folders of the name that hold none are passed over."""
+    """List the complete checkpoints of a run, oldest first; other folders of that name are ignored."""
     numbered = [
         (int(match[1]), path)
         for path in output_dir.glob("checkpoint-*")
@@ -75,14 +92,15 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(resume_from: str, output_dir: Path) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means.
+    """Find the checkpoint that `--resume_from_checkpoint` names.
 
     Args:
-        resume_from: A checkpoint's folder, or `latest`: the one of `output_dir` with the highest step, or `auto`:
-            likewise, if there is any.
+        resume_from: A checkpoint's folder; or `latest`, the one of `output_dir` with the highest step; or `auto`, the
+            latest or None.
+        output_dir: The run's folder.
 
     Raises:
-        FileNotFoundError: There is none; the message says where it was looked for.
+        FileNotFoundError: It does not exist; the message names the place.
     """
     if resume_from in ("latest", "auto"):
         checkpoints = list_checkpoints(output_dir)
@@ -107,19 +125,19 @@ def save_checkpoint(
 ) -> None:
     """Save the state of all processes as `checkpoint-{step}`; then remove the oldest beyond `total_limit`.
 
-    It is written under another name, flushed to disk and renamed, so that a killed run leaves no half checkpoint. One
-    that is there already stays: the state of a step is the same whenever it is reached.
+    It is written under another name, flushed to disk and renamed, so that a killed run leaves nothing incomplete. An
+    existing checkpoint is kept: the state of a step is the same whenever it is reached.
 
     Args:
         accelerator: Whose registered objects are saved.
         output_dir: The run's folder, on a file system that all processes share.
         step: Optimizer steps done.
         total_limit: How many checkpoints are kept; None: all.
-        settings: What the run must be gone on with, for `load_settings`.
+        settings: The run's `resume_settings`.
 
     Raises:
-        OSError: It cannot be written, for example to a full disk; what was written of it is removed, and older
-            checkpoints are as they were.
+        OSError: It cannot be written, for example to a full disk. The incomplete checkpoint is removed, and older ones
+            are unchanged.
     """
     unfinished, finished = output_dir / f"{UNFINISHED}checkpoint-{step}", output_dir / f"checkpoint-{step}"
     if broadcast_object_list([finished in list_checkpoints(output_dir)])[0]:
@@ -150,60 +168,165 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_settings(checkpoint: Path) -> dict[str, Any]:
-    """The settings that a checkpoint was saved with.
+def resume_settings(config: TrainingConfig, num_pairs: dict[str, int], batch_norm_batch: int | None) -> dict[str, Any]:
+    """Everything that determines the results of a run, and so must be the same when it is resumed.
+
+    Args:
+        config: The run's settings, resolved.
+        num_pairs: Source -> number of its pairs.
+        batch_norm_batch: Over how many pairs BatchNorm takes its statistics; None where they are fixed.
+    """
+    values = {name: value for name, value in config.to_dict().items() if name not in CHANGEABLE_ON_RESUME}
+    return values | {"num_pairs": num_pairs, "batch_norm_batch": batch_norm_batch}
+
+
+def choose_checkpoint(output_dir: Path, resume_from: str | None) -> Path | None:
+    """Choose the checkpoint to resume from.
+
+    Args:
+        output_dir: The run's folder.
+        resume_from: As in `find_checkpoint`; None for a new run.
+
+    Returns:
+        Its folder; None where the run starts from its first step.
 
     Raises:
-        ValueError: It is not one of this trainer's.
+        ValueError: `output_dir` holds another run, which is not resumed, or a model.
+        FileNotFoundError: The checkpoint does not exist.
+    """
+    checkpoint = None if resume_from is None else find_checkpoint(resume_from, output_dir)
+    resumes_here = resume_from == "auto" or (
+        checkpoint is not None
+        and (checkpoint.resolve().parent == output_dir.resolve() or _ended_before_saving(output_dir, checkpoint))
+    )
+    if not resumes_here and ((output_dir / FILE_NAME).exists() or list_checkpoints(output_dir)):
+        raise ValueError(
+            f"{output_dir} holds an earlier run: resume it (--resume_from_checkpoint latest), "
+            "choose another output_dir, or remove it"
+        )
+    if checkpoint is None and (output_dir / SAFE_WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"{output_dir} holds the weights of a model, and no checkpoint to resume from: choose another output_dir, "
+            "or remove it"
+        )
+    return checkpoint
+
+
+def _ended_before_saving(output_dir: Path, checkpoint: Path) -> bool:
+    """Whether output_dir may hold a run from that checkpoint which saved nothing: only a log of later steps."""
+    log = output_dir / FILE_NAME
+    if list_checkpoints(output_dir) or not log.exists():
+        return False
+    step = int(checkpoint.resolve().name.rpartition("-")[2])
+    return all(line["step"] > step for line in read_log(log))
+
+
+def check_resume_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Refuse to resume with settings that would make another run of it.
+
+    Args:
+        checkpoint: Its folder.
+        settings: The `resume_settings` of this start.
+
+    Raises:
+        ValueError: They differ from those of the checkpoint, which the message lists; or it is not a checkpoint.
     """
     path = checkpoint / SETTINGS
     if not path.is_file():
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} holds no {SETTINGS}: it is no checkpoint of this trainer"
         )
-    settings = read_yaml(path)
-    if not isinstance(settings, dict):
+    saved = read_yaml(path)
+    if not isinstance(saved, dict):
         raise ValueError(f"resume_from_checkpoint: {checkpoint} is damaged: {SETTINGS} holds no settings")
-    return settings
+    for name in settings.keys() & FIELDS.keys() - saved.keys():
+        saved[name] = FIELDS[name].default  # of an older version, which did what the default does
+    changes = [
+        f"{name}: {_to_yaml(saved.get(name))} -> {_to_yaml(settings.get(name))}"
+        for name in dict.fromkeys([*saved, *settings])
+        if saved.get(name) != settings.get(name)
+    ]
+    if changes:
+        raise ValueError(
+            f"{checkpoint} was trained with other settings: {'; '.join(changes)}. Give the old ones, "
+            "or resume with the new ones all the same: --allow_config_changes"
+        )
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path, progress: RunProgress, model: RaftForOpticalFlow) -> None:
-    """Put every registered object of all processes back into the state saved in `path`.
+def _to_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    path: Path,
+    config: TrainingConfig,
+    progress: RunProgress,
+    model: RaftForOpticalFlow,
+    optimizer: Optimizer,
+    schedule: OneCycleLR,
+) -> None:
+    """Restore every registered object of all processes to the state saved in a checkpoint.
 
     Args:
-        accelerator: Whose registered objects are loaded.
-        path: Of the checkpoint.
-        progress: One of these objects.
-        model: The prepared model, unwrapped; an EMA that is not in the checkpoint starts from its weights.
+        accelerator: Whose registered objects are loaded: the following, and the random states.
+        path: The checkpoint's folder.
+        config: With `allow_config_changes`, its hyperparameters take effect instead of those that were saved.
+        progress: Is loaded.
+        model: The prepared model, unwrapped; an average that is not in the checkpoint starts from its weights.
+        optimizer, schedule: Are loaded.
 
     Raises:
-        ValueError: It is damaged.
+        ResumeError: The checkpoint is damaged, or beyond `max_train_steps`.
     """
     try:
         accelerator.load_state(str(path))
     except Exception as error:  # of torch, pickle and safetensors, each in its own type
         if is_out_of_memory(error):
             raise
-        raise ValueError(
-            f"resume_from_checkpoint: {path} cannot be loaded: {error}. If it is damaged, remove it to go on from an "
+        raise ResumeError(
+            f"resume_from_checkpoint: {path} cannot be loaded: {error}. If it is damaged, remove it to resume from an "
             "older one"
         ) from error
     # accelerate counts passes over the whole run; with other passes a step it would be between two of them here.
     accelerator.step = 0
     if progress.ema is not None and progress.ema.num_updates == 0:
         progress.ema.restart(model)
+    if progress.step > config.max_train_steps:
+        raise ResumeError(
+            f"max_train_steps must be at least the {progress.step} steps of {path}; got {config.max_train_steps}"
+        )
+    if config.allow_config_changes:
+        override_hyperparameters(
+            optimizer, schedule, config.learning_rate, config.weight_decay, config.max_train_steps
+        )
+
+
+def resume_command(argv: Sequence[str], output_dir: Path) -> str:
+    """The command that resumes a run, without secrets, as a line for the user.
+
+    Where nothing has been saved yet, it is the command as it was given: the weights or the checkpoint that it started
+    from must not be lost.
+    """
+    given = without_token(argv)
+    flag = "--resume_from_checkpoint"
+    if list_checkpoints(output_dir) or not any(word.startswith(flag) for word in given):
+        pairs = list(zip(["", *given], given, strict=False))
+        given = [word for before, word in pairs if before != flag and not word.startswith(flag)]
+        given += [flag, "auto"]
+    return f"Resume with:  {shlex.join(['accelerate', 'launch', 'train_flow.py', *given])}"
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Remove what earlier runs were killed over: half-written and half-removed checkpoints."""
+    """Remove what killed runs have left: incompletely written and incompletely removed checkpoints."""
     for path in [*output_dir.glob(f"{UNFINISHED}checkpoint-*"), *output_dir.glob(f"{REMOVED}checkpoint-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
-    """Rename the checkpoints after `step`: a run that goes on from it writes these steps anew.
+def archive_later_checkpoints(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints after `step` to `abandoned-*`: a run that resumes from `step` repeats these steps.
 
-    Left as they are, they would count as the latest, and push new ones out of a total limit.
+    Otherwise they would count as the latest, and push new ones out of a total limit.
     """
     for path in list_checkpoints(output_dir):
         if int(path.name.rpartition("-")[2]) > step:
@@ -213,7 +336,7 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, if it is there, so that a kill leaves nothing under its name that is not whole."""
+    """Remove a folder, if it exists, so that a kill leaves nothing incomplete under its name."""
     if path.exists():
         removed = path.with_name(f"{REMOVED}{path.name}")
         shutil.rmtree(removed, ignore_errors=True)

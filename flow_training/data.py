@@ -1,29 +1,50 @@
-"""The data sets that a run's settings name."""
+"""What a run reads: the data sets that its settings name, and the batches of one process."""
 
+import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.features import to_sample
 from flow_data.hub_dataset import flow_is_sparse, load_hub_dataset
 from flow_data.images import undecoded
-from flow_data.sampling import MixSource, TrainingPairs
+from flow_data.out_of_memory import is_out_of_memory
+from flow_data.sampling import MixSource, RunSampler, SampleError, TrainingPairs, prepare_worker
 from flow_data.sources import SOURCES, has_ground_truth, is_sparse, load_source
 from flow_data.synthetic import synthetic
 from flow_training.config import TrainingConfig, split_validation_set
 from flow_training.evaluation import PROTOCOLS, Protocol
+from flow_training.objectives import find_objective
 
 CHECKED_PAIRS = 8  # of each source, at the start of a run
+WORKER = "DataLoader worker"  # in the text of the errors that torch raises about its workers
 
 
-def open_dataset(config: TrainingConfig, source: str, split: str) -> Any:
-    """Rows of a source, images left as stored.
+class DataError(RuntimeError):
+    """A pair cannot be read, or the process that reads pairs has died; raised between two optimizer steps."""
+
+
+def open_dataset(config: TrainingConfig, source: str, split: str, needs_flow: bool = True) -> Any:
+    """Open a source.
+
+    Args:
+        config: Says where it is.
+        source: A name in `flow_data.sources.SOURCES`.
+        split: One of its splits.
+        needs_flow: Refuse a split without ground truth.
+
+    Returns:
+        Its rows, with images as they are stored.
 
     Raises:
-        OSError, ValueError: Nothing usable where it was looked for; the message names the folder and what it lacks.
+        OSError, ValueError: The folder holds nothing usable; the message names the folder and what it lacks.
     """
     if source == "synthetic":
         training = split == "training"
@@ -33,14 +54,15 @@ def open_dataset(config: TrainingConfig, source: str, split: str) -> Any:
     if source == "pairs" and config.pairs_path is not None:
         root = Path(config.pairs_path)
     dataset = load_source(source, root, split)
-    if not has_ground_truth(dataset):
+    if needs_flow and not has_ground_truth(dataset):
         wanted = "a column or files of flow" if source == "pairs" else "a split that is not for submissions"
-        raise ValueError(f"{source}: the split {split} has no ground truth in {root}; expected {wanted}")
+        raise ValueError(f"{source}: the split {split} has no ground truth in {root}; give {wanted}")
     return undecoded(dataset)
 
 
 def training_pairs(config: TrainingConfig) -> TrainingPairs:
-    """The training mix, augmented: the sources of train_mix, or the Hub's data set."""
+    """Open the training mix, with its augmentation: the sources of `train_mix`, or `dataset_name` on the Hub."""
+    needs_flow = find_objective(config.objective).needs_flow
     mix: list[tuple[str, Any, bool, int]] = []  # name, rows, whether ground truth is sparse, repeats
     if config.dataset_name is not None:
         rows = load_hub_dataset(config.dataset_name, config.train_split, config.streaming, config.hub_token)
@@ -48,7 +70,7 @@ def training_pairs(config: TrainingConfig) -> TrainingPairs:
             raise ValueError(f"dataset_name: {config.dataset_name} is empty")
         mix.append((config.dataset_name, rows, flow_is_sparse(rows), 1))
     for source, repeats in config.train_mix.items():
-        rows = open_dataset(config, source, config.train_split or SOURCES[source].training_split)
+        rows = open_dataset(config, source, config.train_split or SOURCES[source].training_split, needs_flow)
         mix.append((source, rows, is_sparse(source, rows), repeats))
     crop_size = (config.crop_size[0], config.crop_size[1])
     sources = [
@@ -69,18 +91,39 @@ def training_pairs(config: TrainingConfig) -> TrainingPairs:
     return TrainingPairs(sources, config.seed, noise_batch_size, config.skip_bad_samples)
 
 
-def describe_missing_truth(pairs: TrainingPairs, max_flow: float) -> list[str]:
-    """Which sources seem to have no ground truth to learn from: a line for each.
+def validation_sets(config: TrainingConfig) -> list[tuple[str, Any, Protocol]]:
+    """Open the validation sets.
+
+    Returns:
+        (name, rows, protocol) of each. A set without a split is the split that its protocol evaluates.
+    """
+    sets = []
+    for entry in config.validation_sets:
+        source, split = split_validation_set(entry)
+        protocol = PROTOCOLS[source]
+        sets.append((entry, open_dataset(config, source, split or protocol.split), protocol))
+    return sets
+
+
+def describe_missing_ground_truth(pairs: TrainingPairs, max_flow: float) -> list[str]:
+    """Name the sources that seem to have no ground truth to learn from.
 
     The first pairs of each source are loaded, as they are before augmentation, until one has a pixel that counts for
-    the loss: with valid flow, shorter than `max_flow` pixels. Pairs that cannot be read are left to the training.
+    the loss. Pairs that cannot be read are skipped here; the training reports them.
+
+    Args:
+        pairs: The training mix.
+        max_flow: Length of flow in pixels from which a pixel does not count for the loss.
+
+    Returns:
+        A line for each such source.
     """
     lines = []
     for name, rows, *_ in pairs.sources:
         ids = []
-        for number in range(min(CHECKED_PAIRS, len(rows))):
+        for index in range(min(CHECKED_PAIRS, len(rows))):
             try:
-                row = rows[number]
+                row = rows[index]
                 sample = to_sample(row)
             except (ValueError, OSError):
                 continue
@@ -96,11 +139,111 @@ def describe_missing_truth(pairs: TrainingPairs, max_flow: float) -> list[str]:
     return lines
 
 
-def validation_sets(config: TrainingConfig) -> list[tuple[str, Any, Protocol]]:
-    """(name, rows, protocol) of each set; without a split it is the one that the protocol evaluates."""
-    sets = []
-    for entry in config.validation_sets:
-        source, split = split_validation_set(entry)
-        protocol = PROTOCOLS[source]
-        sets.append((entry, open_dataset(config, source, split or protocol.split), protocol))
-    return sets
+class _KeepErrors(Dataset):
+    """Pairs, with a `SampleError` returned in the place of its sample.
+
+    Raised in a worker, the error would arrive as the text of a traceback, and before the last batch without an error
+    has been trained on, as accelerate reads one batch ahead.
+    """
+
+    def __init__(self, pairs: TrainingPairs):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | SampleError:
+        try:
+            return self.pairs[key]
+        except SampleError as error:
+            return error
+
+
+def collate(samples: list[dict[str, Any] | SampleError]) -> dict[str, Any] | SampleError:
+    """Stack samples into a batch.
+
+    What only some of them have (`labels` and `valid`, where sources without ground truth are mixed in) is left out.
+    `number` stays a list: as a tensor it would be moved to the device, and reading it there would wait for all before
+    it.
+
+    Returns:
+        The batch; or one error with the messages of all samples that could not be read.
+    """
+    errors = [sample for sample in samples if isinstance(sample, SampleError)]
+    if errors:
+        return SampleError("; ".join(map(str, errors)))
+    read = [sample for sample in samples if not isinstance(sample, SampleError)]
+    shared = [name for name in read[0] if all(name in sample for sample in read) and name != "number"]
+    return default_collate([{name: sample[name] for name in shared} for sample in read]) | {
+        "number": [sample["number"] for sample in read]
+    }
+
+
+def make_batches(config: TrainingConfig, pairs: TrainingPairs, step: int, accelerator: Accelerator) -> Any:
+    """Batches of this process, from a step to the end of the run."""
+    start, stop = step * config.total_batch_size, config.max_train_steps * config.total_batch_size
+    loader = DataLoader(
+        _KeepErrors(pairs),
+        batch_size=config.per_device_train_batch_size,
+        sampler=RunSampler(len(pairs), config.seed, start, stop),
+        num_workers=config.dataloader_num_workers,
+        collate_fn=collate,
+        worker_init_fn=prepare_worker,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # else starting workers would change the random state that dropout draws from
+    )
+    return accelerator.prepare(loader)
+
+
+def group_micro_batches(batches: Any, accumulation_steps: int) -> Iterator[list[dict[str, Any]]]:
+    """Group batches by optimizer step, one for each forward pass.
+
+    Raises:
+        DataError: A sample cannot be read, or a worker has died. It is raised between two steps, before the first
+            pass of a step has changed anything.
+    """
+    step: list[dict[str, Any]] = []
+    try:
+        for batch in batches:
+            # Workers run by now, and torch has set a handler that raises their death wherever the run happens to be,
+            # in the middle of a checkpoint too. Without it, the DataLoader notices when it waits for the next batch.
+            if hasattr(signal, "SIGCHLD"):  # not on Windows
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if isinstance(batch, SampleError):
+                raise DataError(
+                    f"{batch}. Fix or remove the file, or let other pairs take the place of bad ones: "
+                    "--skip_bad_samples"
+                ) from batch
+            step.append(batch)
+            if len(step) == accumulation_steps:
+                yield step
+                step = []
+    except Exception as error:
+        of_worker = WORKER in str(error)
+        if of_worker and is_out_of_memory(error):
+            reason = "a process that prepares pairs ran out of memory: give fewer --dataloader_num_workers."
+            raise DataError(reason) from error
+        # A worker may die handing over a batch.
+        if isinstance(error, (ConnectionError, EOFError)) or (isinstance(error, RuntimeError) and of_worker):
+            raise DataError(describe_dead_worker(error)) from error
+        raise
+
+
+def describe_dead_worker(error: Exception) -> str:
+    """Say that a worker has died, and what helps most often."""
+    return (
+        f"a process that prepares pairs died: {error} Most often memory ran out: give fewer --dataloader_num_workers."
+    )
+
+
+def save_samples(pairs: TrainingPairs, numbers: list[int], output_dir: Path, step: int) -> tuple[Path, list[str]]:
+    """Save samples of a step for inspection; they are drawn again, as they follow from their numbers.
+
+    Returns:
+        The file, and the ids of its pairs.
+    """
+    keys = [next(iter(RunSampler(len(pairs), pairs.seed, number, number + 1))) for number in sorted(numbers)]
+    batch: Any = collate([pairs[key] for key in keys])
+    path = output_dir / f"not_finite_step_{step}.pt"
+    torch.save(batch, path)
+    return path, batch["id"]

@@ -1,4 +1,4 @@
-"""One loop for every benchmark; how they differ is their protocol (princeton-vl/RAFT, evaluate.py)."""
+"""Evaluation on every benchmark in one loop; benchmarks differ in their protocol (princeton-vl/RAFT, evaluate.py)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from flow_data.features import FlowSample, to_occlusion, to_sample
 from flow_inference.pictures import draw_comparison
 from flow_inference.prediction import Prediction, chunk_rows, predict_pair, predict_rows, share_out
-from flow_training.metrics import error_sums, ratios, region_figures, region_sums, summarize
+from flow_training.metrics import compute_metrics, error_sums, region_metrics, region_sums, summarize
 from modeling_raft import RaftForOpticalFlow
 
 
@@ -32,8 +32,8 @@ class Protocol:
     split: str
 
 
-class EvaluationStopped(Exception):
-    """Someone asked for an evaluation to be stopped before its end."""
+class EvaluationInterrupted(Exception):
+    """An evaluation was stopped before its end, as requested."""
 
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # mixed_precision -> what it computes in
@@ -60,13 +60,13 @@ PROTOCOLS = {
 def check_precision(accelerator: Accelerator) -> None:
     """Refuse a precision that accelerate would silently not use."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision fp16 needs a GPU, and this runs on a CPU; use bf16, or no")
+        raise ValueError("mixed_precision must be bf16 or no on a CPU; got fp16, as fp16 needs a GPU")
     if accelerator.mixed_precision not in DTYPES:
         raise ValueError(f"mixed_precision must be one of {', '.join(DTYPES)}; got {accelerator.mixed_precision}")
 
 
 class PairSums(NamedTuple):
-    """What one pair adds to the figures; see `flow_training.metrics`."""
+    """What one pair adds to the metrics; see `flow_training.metrics`."""
 
     position: int  # of the pair, in the data set
     id: str
@@ -82,7 +82,7 @@ def evaluate(
     accelerator: Accelerator,
     num_flow_updates: int | None = None,
     description: str = "evaluating",
-    stop_agreed: Callable[[], Any] = lambda: False,
+    stop_requested: Callable[[], Any] = lambda: False,
     batch_size: int = 1,
     warm_start: bool = False,
 ) -> dict[str, Any]:
@@ -95,18 +95,18 @@ def evaluate(
         accelerator: Says which share is this process's, and the precision.
         num_flow_updates: Instead of the protocol's.
         description: For the progress bar.
-        stop_agreed: Asked before each pair, by all processes equally often; a true answer, the same for all of them,
-            stops the evaluation.
+        stop_requested: Called before each pair, by all processes equally often; a true result, which must be the same
+            on all of them, stops the evaluation.
         batch_size: Pairs that are predicted at once, where their images have one size.
         warm_start: Let each pair of a sequence start from the flow of the one before, instead of from zero.
 
     Returns:
         On every process the same: `num_pairs`, `protocol`, `metrics`, `zero_flow_epe` and `per_pair`; see
-        docs/evaluation.md. Figures of no pixel at all are NaN.
+        docs/evaluation.md. Metrics over no pixel are NaN.
 
     Raises:
         ValueError: A pair has no ground truth.
-        EvaluationStopped: `stop_agreed` said so.
+        EvaluationInterrupted: `stop_requested` returned true.
     """
     updates = num_flow_updates or protocol.num_flow_updates
     shares = share_out(chunk_rows(dataset, batch_size, warm_start), accelerator.num_processes)
@@ -115,8 +115,8 @@ def evaluate(
     rounds = range(max(sum(map(len, share)) for share in shares))
     pairs: list[PairSums] = []
     for _ in tqdm(rounds, desc=description, leave=False, disable=not accelerator.is_local_main_process):
-        if stop_agreed():
-            raise EvaluationStopped
+        if stop_requested():
+            raise EvaluationInterrupted
         with accelerator.autocast():
             prediction = next(predictions, None)  # none is left where the others have more
         if prediction is not None:
@@ -134,10 +134,10 @@ def evaluate(
             "dtype": DTYPES[accelerator.mixed_precision],
             **({"warm_start": True} if warm_start else {}),
         },
-        "metrics": summarize(pair_sums) | region_figures(regions.sum(0)),
-        "zero_flow_epe": ratios(zero_sums.sum(0))["epe"],
+        "metrics": summarize(pair_sums) | region_metrics(regions.sum(0)),
+        "zero_flow_epe": compute_metrics(zero_sums.sum(0))["epe"],
         "per_pair": [
-            {"id": pair.id, **{name: ratios(sums)[name] for name in ("epe", "fl_all")}}
+            {"id": pair.id, **{name: compute_metrics(sums)[name] for name in ("epe", "fl_all")}}
             for pair, sums in zip(pairs, pair_sums, strict=True)
         ],
     }
@@ -150,7 +150,7 @@ def _decode(row: Any) -> FlowSample:
 
 
 def _sum_up(prediction: Prediction) -> PairSums:
-    """Compare one prediction with the truth."""
+    """Compare one prediction with its ground truth."""
     sample, occlusion = prediction.sample, to_occlusion(prediction.row)
     if occlusion is not None and occlusion.shape != sample.valid.shape:
         sizes = " and ".join(f"{height} x {width}" for height, width in (occlusion.shape, sample.valid.shape))
@@ -173,19 +173,27 @@ def evaluate_sets(
     model: RaftForOpticalFlow,
     sets: Sequence[tuple[str, Any, Protocol]],
     accelerator: Accelerator,
-    stop_agreed: Callable[[], Any] = lambda: False,
+    stop_requested: Callable[[], Any] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
-    """Validate during training: name -> report of each set. Leaves the model in the mode it found it in.
+    """Evaluate on several sets during training; the model keeps its mode (train or eval).
+
+    Returns:
+        Name -> report of each set.
 
     Raises:
-        EvaluationStopped: `stop_agreed` said so; see `evaluate`.
+        EvaluationInterrupted: `stop_requested` returned true; see `evaluate`.
     """
     was_training = model.training
     model.eval()
     try:
         return {
             name: evaluate(
-                model, dataset, protocol, accelerator, description=f"validating on {name}", stop_agreed=stop_agreed
+                model,
+                dataset,
+                protocol,
+                accelerator,
+                description=f"validating on {name}",
+                stop_requested=stop_requested,
             )
             for name, dataset, protocol in sets
         }
@@ -196,18 +204,20 @@ def evaluate_sets(
 def draw_sets(
     model: RaftForOpticalFlow, sets: Sequence[tuple[str, Any, Protocol]], accelerator: Accelerator
 ) -> dict[str, np.ndarray]:
-    """Draw the first pair of each set: frame 1, true flow, predicted flow, error.
+    """Draw the first pair of each set: frame 1, ground truth, predicted flow, error.
+
+    The model keeps its mode (train or eval).
 
     Returns:
-        name -> `(H, W, 3)` uint8. Leaves the model in the mode it found it in.
+        Name -> `(H, W, 3)` uint8.
     """
     was_training = model.training
     model.eval()
-    pictures = {}
+    images = {}
     for name, dataset, protocol in sets:
         sample = to_sample(dataset[0])
         with accelerator.autocast():
             flow_pred = predict_pair(model, sample.image1, sample.image2, protocol.num_flow_updates, protocol.padding)
-        pictures[name] = draw_comparison(sample.image1, sample.flow, sample.valid, flow_pred)
+        images[name] = draw_comparison(sample.image1, sample.flow, sample.valid, flow_pred)
     model.train(was_training)
-    return pictures
+    return images

@@ -2,7 +2,8 @@
 
 python -m flow_training.hub push DIR user/name [--private] [--token TOKEN]
 
-Exit codes: 0, it is pushed; 1, DIR is no finished run; 2, the command is wrong; 3, the Hub refuses or is not reached.
+Exit codes: 0, it is pushed; 1, DIR is no finished run; 2, the command is wrong; 3, the Hub refuses or cannot be
+reached.
 """
 
 import argparse
@@ -21,10 +22,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id
 
-# Nothing here needs torch or the model: each upload is a process of its own, which starts in a moment.
+# Nothing here imports torch or the model: each upload is a process of its own, which must start quickly.
 PROG = "flow_training.hub"
 UPLOAD_FAILED = 3  # exit code, also of train_flow.py: the training itself went well
-TIMEOUT = 60.0  # seconds without a byte from the Hub or to it; the client by itself waits for ever
+TIMEOUT = 60.0  # seconds without a byte from the Hub or to it; the default of the client is to wait forever
 
 RUN_CONFIG, CARD = "run_config.yaml", "README.md"
 FINISHED_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", RUN_CONFIG, CARD)
@@ -32,15 +33,15 @@ PUBLISHED_FILES = (*FINISHED_FILES, "*.py")  # of the folder itself: neither che
 
 
 def create_repository(model_id: str, token: str | None, private: bool) -> str:
-    """Create the repository, or find it, and make sure that it can be written.
+    """Create the repository, unless it exists, and make sure that it can be written.
 
-    Called before a run starts: a token that will not do is then known at once.
+    It is called before a run starts, so that a wrong token is an error then and not at the end.
 
     Returns:
         Its full id, user/name.
 
     Raises:
-        OSError: It cannot be created or written, for whatever reason of token, name or network.
+        OSError: It cannot be created or written: the token, the name or the network is wrong.
     """
     try:
         api = _api(token)
@@ -53,28 +54,28 @@ def create_repository(model_id: str, token: str | None, private: bool) -> str:
 
 
 def check_finished(folder: Path) -> None:
-    """Raise FileNotFoundError, with what is missing, where a folder holds no finished run."""
+    """Raise FileNotFoundError, which names what is missing, where a folder holds no finished run."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     missing = [name for name in FINISHED_FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{folder} holds no finished run: {', '.join(missing)} not there. Give a run's output_dir; one that has "
-            "not ended goes on with train_flow.py --resume_from_checkpoint latest"
+            f"{folder} holds no finished run: {', '.join(missing)} missing. Give a run's output_dir; one that has "
+            "not ended is resumed with train_flow.py --resume_from_checkpoint latest"
         )
 
 
 def push_folder(folder: Path, repo_id: str, token: str | None, message: str) -> str:
-    """Upload what a run publishes, in one commit: whoever downloads it has all of it, or all of the one before.
+    """Upload what a run publishes, in one commit, so that no download ever mixes two states.
 
     Args:
         folder: A run's, or one with the same files.
         repo_id: An existing repository, user/name.
-        token: None is the one that is logged in.
+        token: None for the token of the user who is logged in.
         message: Of the commit.
 
     Returns:
-        The commit's address.
+        The URL of the commit.
 
     Raises:
         OSError: A file cannot be read, or the Hub refuses or cannot be reached, after some attempts.
@@ -94,18 +95,18 @@ def push_command(folder: Path, repo_id: str) -> str:
 
 
 def loaded_from(run_config: dict[str, Any]) -> str:
-    """What a run's card tells users to load: the repository that it is pushed to, else its folder."""
+    """Where the code in a run's card loads the model from: the repository that it is pushed to, else its folder."""
     pushed = run_config.get("push_to_hub") and run_config.get("hub_model_id")
     return str(pushed or run_config["output_dir"])
 
 
 def quoted(text: str) -> str:
-    """A string of Python code, in the card."""
+    """A text as a string literal of the Python code in the card."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The card, with code that loads the model from where it is pushed to, wherever that was meant to be."""
+    """The card, with code that loads the model from the repository that it is pushed to now."""
     run_config = yaml.safe_load((folder / RUN_CONFIG).read_text())
     card, source = (folder / CARD).read_text(), quoted(loaded_from(run_config))
     for before in ("model=", "from_pretrained("):  # elsewhere, the folder's name may be another word of the code
@@ -119,12 +120,12 @@ def _api(token: str | None) -> HfApi:
 
 
 def _reason(error: BaseException, token: str | None) -> str:
-    """Why the client or the Hub refused, in one line, with what helps; without the token, which errors may quote."""
+    """Explain in one line why the client or the Hub refused; the token, which errors may quote, is hidden."""
     chain = [error]
     while chain[-1].__cause__ is not None and not isinstance(chain[-1], HfHubHTTPError):
         chain.append(chain[-1].__cause__)
     texts = [" ".join(str(link).split()) or type(link).__name__ for link in chain]
-    text = ": ".join(dict.fromkeys(texts))  # some only hand on what their cause says
+    text = ": ".join(dict.fromkeys(texts))  # some repeat the text of their cause
     for secret in (token, get_token()):
         if secret is not None and secret.strip():
             text = text.replace(secret.strip(), "TOKEN")
@@ -153,7 +154,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="push", required=True)
     push = commands.add_parser("push", help="upload a finished run", epilog=details, allow_abbrev=False)
     push.add_argument("folder", type=Path, metavar="DIR", help="output_dir of a finished run")
-    push.add_argument("repo_id", type=_repo_id, metavar="user/name", help="repository; made if it is not there")
+    push.add_argument("repo_id", type=_repo_id, metavar="user/name", help="repository; created if it does not exist")
     push.add_argument("--private", action="store_true", help="make the repository private if it is new")
     push.add_argument("--token", help="token to push with; default: HF_TOKEN, or the one you logged in with")
     push.add_argument("--commit_message", default="Upload RAFT", help="default: %(default)s")
@@ -164,7 +165,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.end_with is not None:
-        threading.Thread(target=_end_with, args=[args.end_with], daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=[args.end_with], daemon=True).start()
     try:
         check_finished(args.folder)
     except OSError as error:
@@ -179,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _end_with(parent: int) -> None:
-    """End this process with the one that started it, should that be killed: what it was to upload is outdated soon."""
+def _end_with_parent(parent: int) -> None:
+    """End this process when the training that started it is killed, as its upload is outdated soon."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(UPLOAD_FAILED)

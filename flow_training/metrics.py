@@ -1,22 +1,27 @@
-"""Errors of flow as sums and counts, which add up over batches and processes; ratios come at the end."""
+"""Errors of flow as sums and counts, which add up over batches and processes, and the metrics computed from them.
 
+A metric over no pixels is NaN; as text it is "-", in JSON null.
+"""
+
+import json
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 ERROR_SUMS = ("count", "epe", "1px", "3px", "5px", "fl_all")
 REGIONS = ("s0_10", "s10_40", "s40_plus", "matched", "unmatched")
-SLOW, FAST = 10, 40  # pixels of true motion: the bounds of MPI-Sintel's s0-10, s10-40 and s40+
+SLOW, FAST = 10, 40  # pixels of motion: the bounds of MPI-Sintel's s0-10, s10-40 and s40+
 
 
 def flow_length(flow: Tensor) -> Tensor:
-    """Length of the vectors of a flow `(B, 2, H, W)`: `(B, H, W)`, in its unit."""
+    """Length of the vectors of a flow `(B, 2, H, W)`, in its unit: `(B, H, W)`."""
     return flow[:, 0].hypot(flow[:, 1])  # vector_norm takes a hundred times as long, over an axis of two
 
 
 def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
-    """What each pair adds to the figures.
+    """What each pair adds to the metrics.
 
     Args:
         flow_pred: `(B, 2, H, W)`, pixels.
@@ -25,7 +30,7 @@ def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
 
     Returns:
         `(B, 6)`, the columns of `ERROR_SUMS`: valid pixels, the sum of their end-point errors, how many of these are
-        below 1, 3 and 5 px, and how many count as outliers of KITTI: error over 3 px and over 5 % of the true length.
+        below 1, 3 and 5 px, and how many are outliers of KITTI: error over 3 px and over 5 % of the flow's length.
     """
     error = flow_length(flow_pred - flow_gt)
     length = flow_length(flow_gt)
@@ -42,18 +47,18 @@ def error_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor) -> Tensor:
     return torch.stack([torch.where(valid, column, zero).flatten(1).sum(1) for column in columns], dim=1)
 
 
-def ratios(sums: Tensor) -> dict[str, float]:
-    """Figures over all valid pixels: epe in pixels, shares between 0 and 1, fl_all in percent.
+def compute_metrics(sums: Tensor) -> dict[str, float]:
+    """Metrics over all valid pixels: epe in pixels, shares between 0 and 1, fl_all in percent.
 
     Args:
-        sums: `(6,)`, added up `error_sums`. Without a valid pixel all figures are NaN.
+        sums: `(6,)`, the sum of rows of `error_sums`. Without a valid pixel all metrics are NaN.
     """
     count, *totals = sums.tolist()
-    figures = {
+    metrics = {
         name: total / count if count else float("nan") for name, total in zip(ERROR_SUMS[1:], totals, strict=True)
     }
-    figures["fl_all"] *= 100
-    return figures
+    metrics["fl_all"] *= 100
+    return metrics
 
 
 def format_metric(value: float, digits: int = 3) -> str:
@@ -62,21 +67,21 @@ def format_metric(value: float, digits: int = 3) -> str:
 
 
 def summarize(pair_sums: Tensor) -> dict[str, float]:
-    """Both ways to average: pooled over all valid pixels, and (`_per_image`) the mean of the pairs' own figures.
+    """Metrics averaged in both ways: pooled over all valid pixels, and (`_per_image`) the mean over pairs.
 
     Args:
         pair_sums: `(N, 6)`, one row of `error_sums` for each pair. Pairs without a valid pixel are left out.
     """
-    figures = ratios(pair_sums.sum(0))
-    per_image = [ratios(row) for row in pair_sums if row[0] > 0]
+    metrics = compute_metrics(pair_sums.sum(0))
+    per_image = [compute_metrics(row) for row in pair_sums if row[0] > 0]
     for name in ("epe", "fl_all"):
         values = [pair[name] for pair in per_image]
-        figures[f"{name}_per_image"] = sum(values) / len(values) if values else float("nan")
-    return figures
+        metrics[f"{name}_per_image"] = sum(values) / len(values) if values else float("nan")
+    return metrics
 
 
 def region_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor, occluded: Tensor | None = None) -> Tensor:
-    """What each pair adds to the end-point errors of parts of the images, as MPI-Sintel's table divides them.
+    """What each pair adds to the end-point errors of regions of the images, as MPI-Sintel's table divides them.
 
     Args:
         flow_pred: `(B, 2, H, W)`, pixels.
@@ -107,7 +112,7 @@ def region_sums(flow_pred: Tensor, flow_gt: Tensor, valid: Tensor, occluded: Ten
     return torch.stack([region.flatten(2).sum(2) for region in sums], dim=1)
 
 
-def region_figures(sums: Tensor) -> dict[str, float]:
+def region_metrics(sums: Tensor) -> dict[str, float]:
     """End-point errors of the regions that have any valid pixel, `epe_` before the region's name.
 
     Args:
@@ -115,3 +120,23 @@ def region_figures(sums: Tensor) -> dict[str, float]:
     """
     regions = zip(REGIONS, sums.tolist(), strict=True)
     return {f"epe_{name}": total / count for name, (count, total) in regions if count}
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as strict JSON text, with null for every number that is not finite, such as a metric over no pixels.
+
+    RFC 8259 has neither NaN nor infinities, which Python's `json` writes all the same.
+
+    Args:
+        value: Made of dictionaries, lists, text, numbers, booleans and None.
+        indent: As in `json.dumps`.
+    """
+    return json.dumps(_with_null(value), indent=indent, allow_nan=False)
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_null(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

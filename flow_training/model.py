@@ -2,28 +2,29 @@
 
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import BatchNorm2d
 
-from flow_training.config import SET_BY_FLAGS, TrainingConfig
+from flow_training.config import MODEL_FIELDS, TrainingConfig
 from modeling_raft import RaftConfig, RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 
 def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
-    """The model to train: given weights, or new ones; the run's settings win over those of the weights.
+    """Make the model to train, from given or random weights. The run's settings win over those of the weights.
 
     Raises:
         ValueError: A setting does not fit the model; the message names it.
-        OSError: The weights are not there.
+        OSError: The weights do not exist.
     """
-    overrides = {field: getattr(config, flag) for field, flag in SET_BY_FLAGS.items()}
+    overrides = {field: getattr(config, flag) for field, flag in MODEL_FIELDS.items()}
     if config.model_name_or_path is not None:
         model = load_raft(config.model_name_or_path, **overrides)
         if config.model_size not in (None, model_size(model)):
             raise ValueError(
-                f"model_size: {config.model_size}, but the weights of {config.model_name_or_path} are those of a "
-                f"{model_size(model)} model"
+                f"model_size must be {model_size(model)}, as are the weights of {config.model_name_or_path}; got "
+                f"{config.model_size}"
             )
     else:
         model = make_new_model(config, **overrides)
@@ -41,20 +42,20 @@ def model_size(model: RaftForOpticalFlow) -> str:
 
 
 def batch_norm_batch(model: RaftForOpticalFlow, per_device_train_batch_size: int) -> int | None:
-    """Over how many pairs BatchNorm takes its statistics; None where there is none that trains."""
+    """Over how many pairs BatchNorm takes its statistics; None where no BatchNorm is trained."""
     trains = any(isinstance(module, BatchNorm2d) and module.training for module in model.train().modules())
     return per_device_train_batch_size if trains else None
 
 
 def make_new_model(config: TrainingConfig, **overrides: Any) -> RaftForOpticalFlow:
-    """A model with random weights, of the size and with the config_overrides of a run.
+    """Make a model with random weights, with the size and the config_overrides of a run.
 
     Args:
         config: The run's settings.
         overrides: Fields of RaftConfig that win over config_overrides.
 
     Raises:
-        ValueError: config_overrides does not fit; the message names the field.
+        ValueError: A field of config_overrides is unknown or its value is wrong; the message names the field.
     """
     known = RaftConfig().to_dict()
     for name in config.config_overrides:
@@ -65,3 +66,22 @@ def make_new_model(config: TrainingConfig, **overrides: Any) -> RaftForOpticalFl
         return RaftForOpticalFlow(make_config(**{**config.config_overrides, **overrides}))
     except StrictDataclassError as error:
         raise ValueError(f"config_overrides: {error}") from error
+
+
+def model_bytes(config: TrainingConfig) -> tuple[int, int]:
+    """Size of the model that a run starts with, in float32.
+
+    Returns:
+        Bytes of the weights, and bytes of the parameters alone.
+
+    Raises:
+        ValueError: The model cannot be made.
+        OSError: Its weights do not exist.
+    """
+    if config.model_name_or_path is not None:
+        model = load_raft(config.model_name_or_path)
+    else:
+        with torch.device("meta"):  # shapes without numbers
+            model = make_new_model(config)
+    parameters = sum(tensor.nbytes for tensor in model.parameters())
+    return sum(tensor.nbytes for tensor in model.state_dict().values()), parameters

@@ -1,8 +1,13 @@
-"""The model card: only what the run did and measured."""
+"""What a run publishes: the folder of the model as its users get it, and its model card.
+
+The card states only what the run did and measured.
+"""
 
 import importlib.metadata
 import math
+import os
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,8 @@ from flow_training.evaluation import PROTOCOLS
 from flow_training.hub import CARD, RUN_CONFIG, loaded_from, quoted
 from flow_training.metrics import format_metric
 from flow_training.model import model_size
-from modeling_raft import RaftForOpticalFlow
+from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+from modeling_raft.pipeline_raft import save_pretrained_with_pipeline
 
 CARD_TEMPLATE = "model_card.md"
 METRIC_NAMES = {
@@ -28,7 +34,7 @@ METRIC_NAMES = {
     "fl_all": "Fl-all, pooled over pixels (%)",
     "fl_all_per_image": "Fl-all, mean of images (%)",
 }
-LINEAGE = "lineage"  # key of a card's metadata: what the run started from, nearest first
+LINEAGE = "lineage"  # key in the card's metadata, see `read_lineage`
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class RunRecord:
     Args:
         run_config: Every resolved setting.
         step: Optimizer steps done.
-        seconds: That this process trained.
-        device: It trained on, in words.
+        seconds: How long this process has trained.
+        device: Description of the hardware.
         reports: Validation set -> report of `flow_training.evaluation` on the weights of this step; may be empty.
         lineage: Of `read_lineage`.
     """
@@ -53,7 +59,7 @@ class RunRecord:
 
 
 def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
-    """The card of a finished run, or of one that still goes on, which it says then."""
+    """The model card of a run; it says so where the run is not finished."""
     run_config = record.run_config
     source = loaded_from(run_config)
     name = Path(source).name if source == run_config["hub_model_id"] else Path(source).resolve().name
@@ -97,11 +103,53 @@ def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
     )
 
 
-def read_lineage(start: str | None) -> list[str]:
-    """What a run starts from and what that started from, each in words, nearest first.
+def write_model_folder(folder: Path, model: RaftForOpticalFlow, record: RunRecord) -> None:
+    """Write everything that is published into a new folder: weights, code, image processor, model card, settings.
 
-    Of a folder that this trainer has left, here or downloaded, its settings say what it was trained on, and its card
-    what came before. To be read before the run begins: until it ends, the folder may hold something else.
+    Args:
+        folder: Is replaced where it exists.
+        model: What is published.
+        record: The run that trained it.
+
+    Raises:
+        OSError: It cannot be written, for example to a full disk; the folder is removed.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    try:
+        save_pretrained_with_pipeline(model, RaftImageProcessor(min_size=model.config.min_image_size), folder)
+        (folder / RUN_CONFIG).write_text(yaml.safe_dump(record.run_config, sort_keys=False))
+        fill_card(model, record).save(folder / CARD)
+    except Exception as error:  # of the file system or safetensors, each in its own type
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"cannot write the weights to {folder.parent}: {error}") from error
+
+
+def write_run(output_dir: Path, model: RaftForOpticalFlow, record: RunRecord) -> None:
+    """Write everything that a finished run publishes into its folder, each file completely or not at all.
+
+    Raises:
+        OSError: It cannot be written, for example to a full disk.
+    """
+    unfinished = output_dir / "unfinished-model"
+    write_model_folder(unfinished, model, record)
+    try:
+        # The weights come last: where they exist, the run is done and everything else exists too.
+        mode = (unfinished / RUN_CONFIG).stat().st_mode  # safetensors ignores the umask, and gives no one else access
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            path.chmod(mode)
+            os.replace(path, output_dir / path.name)
+    except OSError as error:
+        raise OSError(f"cannot write the final weights to {output_dir}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_lineage(start: str | None) -> list[str]:
+    """Describe what a run starts from, what that was started from, and so on, nearest first.
+
+    In the folder of a model of this trainer, the settings say what it was trained on, and the card what came before.
+    It must be called before the run starts: when the run ends, the folder may hold another model.
 
     Args:
         start: `model_name_or_path` of the run.
@@ -124,19 +172,19 @@ def read_lineage(start: str | None) -> list[str]:
 
 
 def _base_model(run_config: dict[str, Any]) -> str | None:
-    """What the Hub links the model to as the one it was made from; a local folder or file is none of its models."""
+    """The model on the Hub that this one was trained from; None for a local folder or file."""
     start = run_config["model_name_or_path"]
     return None if start is None or Path(start).exists() else start
 
 
 def _hub_datasets(run_config: dict[str, Any]) -> list[str] | None:
-    """What the Hub links the model to; a local folder is none of its data sets."""
+    """The data sets on the Hub that the model was trained on; None for local ones."""
     name = run_config["dataset_name"]
     return None if name is None or Path(name).exists() else [name]
 
 
 def _training_data(run_config: dict[str, Any]) -> list[tuple[str, int]]:
-    """(what the model was trained on, how often an epoch) of each source."""
+    """(description with its terms, repeats in an epoch) of each source of the training data."""
     mix = [
         (f"{PROVENANCE[source].title} ({PROVENANCE[source].terms})", repeats)
         for source, repeats in run_config["train_mix"].items()
@@ -149,7 +197,7 @@ def _training_data(run_config: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _eval_results(reports: dict[str, dict[str, Any]]) -> list[EvalResult]:
-    """The figures in the Hub's form, `model-index`; NaN, which means that there was no pixel, is no figure."""
+    """The metrics in the form of the Hub, `model-index`; those of no pixel, which are NaN, are left out."""
     return [
         EvalResult(
             task_type="optical-flow",
@@ -174,7 +222,7 @@ def _source_and_split(set_name: str) -> tuple[str, str]:
 
 
 def _seen_in_training(set_name: str, run_config: dict[str, Any]) -> str:
-    """Whether the run trained on pairs of a validation set, in words."""
+    """Say whether the run trained on pairs of a validation set: "yes", "no" or "not known"."""
     if run_config["dataset_name"] is not None:
         return "not known"
     source, split = _source_and_split(set_name)

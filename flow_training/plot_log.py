@@ -18,20 +18,20 @@ from matplotlib.figure import Figure
 from flow_training.run_log import FILE_NAME, read_log
 
 PANELS = {"loss": "loss", "epe": "end-point error, px", "learning_rate": "learning rate"}
-LINEAR = {"learning_rate"}  # its schedule is made of straight lines
+LINEAR = {"learning_rate"}  # its schedule is piecewise linear
 PANELS_IN_A_ROW = 3
 PANEL_SIZE = (5.0, 3.6)  # inches, width and height
 MANY_POINTS = 60  # more would blur into a band if each were marked
 
 
 def load_logs(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Name of each run -> the lines of its log.
+    """Load the logs of runs: name -> lines.
 
     Args:
         paths: Folders of runs, or log files.
 
     Raises:
-        ValueError: There is no such log, or nothing in it; the message names the file.
+        ValueError: A log does not exist, or is empty; the message names the file.
     """
     files = [path / FILE_NAME if path.is_dir() else path for path in paths]
     logs = {}
@@ -40,13 +40,13 @@ def load_logs(paths: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
             raise ValueError(f"no such log: {file}; a run is its output_dir or its {FILE_NAME}")
         lines = read_log(file)
         if not lines:
-            raise ValueError(f"{file} holds no whole line with a step: nothing to draw yet, or no training log")
+            raise ValueError(f"{file} holds no complete line with a step: nothing to draw yet, or no training log")
         logs[name] = lines
     return logs
 
 
 def run_names(files: Sequence[Path]) -> list[str]:
-    """The folder of each log file, with as many of the folders above it as tell it from the others.
+    """Name each log file by its folder, with as many of the folders above as it takes to make the names unique.
 
     Raises:
         ValueError: A file is given twice.
@@ -55,7 +55,7 @@ def run_names(files: Sequence[Path]) -> list[str]:
     for path in resolved:
         if resolved.count(path) > 1:
             raise ValueError(f"{path} is given twice")
-    # Logs that were copied beside each other have names of their own.
+    # Logs that were copied into one folder are named by their files.
     parts = [path.parts[1:-1] if path.name == FILE_NAME else (*path.parts[1:-1], path.stem) for path in resolved]
     names = []
     for part in parts:
@@ -67,7 +67,7 @@ def run_names(files: Sequence[Path]) -> list[str]:
 
 
 def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """A panel for loss, end-point error, learning rate and the end-point error on each validation set.
+    """Plot loss, end-point error, learning rate and the end-point error on each validation set, in a panel each.
 
     Args:
         logs: Name of each run -> lines of its log, as `load_logs` reads them.
@@ -85,8 +85,8 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for number, (key, title) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, columns, number, title=title, xlabel="step", gid=key)
+    for index, (key, title) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, index, title=title, xlabel="step", gid=key)
         _draw(axes, key, logs)
     figure.legend(figure.axes[0].get_lines(), list(logs), loc="outside lower center", ncols=min(len(logs), 4))
     return figure
@@ -94,15 +94,15 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 def _draw(axes: Axes, key: str, logs: dict[str, list[dict[str, Any]]]) -> None:
     drawn: list[float] = []
-    for number, (name, lines) in enumerate(logs.items()):
+    for index, (name, lines) in enumerate(logs.items()):
         points = [
             (line["step"], math.nan if line[key] is None else line[key])  # null, and NaN in older logs: a gap
             for line in lines
             if isinstance(line.get(key, ""), (int, float, NoneType))
         ]
-        # One colour a run, also in panels where others have no figures.
+        # The color of a run is the same in all panels.
         marker = "." if len(points) < MANY_POINTS else ""
-        axes.plot(*_transposed(points), label=name, color=f"C{number}", marker=marker, linewidth=1)
+        axes.plot(*_transposed(points), label=name, color=f"C{index}", marker=marker, linewidth=1)
         drawn += [value for _, value in points if math.isfinite(value)]
     if key not in LINEAR and drawn and min(drawn) > 0:
         axes.set_yscale("log")
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"a run's output_dir, or its {FILE_NAME}")
-    parser.add_argument("--output", type=Path, default=Path("plot.png"), help="picture to write (default: plot.png)")
+    parser.add_argument("--output", type=Path, default=Path("plot.png"), help="image to write (default: plot.png)")
     arguments = parser.parse_args(argv)
     try:
         plot_runs(load_logs(arguments.runs)).savefig(arguments.output, dpi=100)

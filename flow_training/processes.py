@@ -1,4 +1,4 @@
-"""The processes and devices of a run, as accelerate has set them up."""
+"""Processes and devices of a run, as accelerate sets them up."""
 
 import dataclasses
 import logging
@@ -18,13 +18,13 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from flow_training.config import TrainingConfig, accumulation_steps, nearest
+from flow_training.config import TrainingConfig
 from flow_training.evaluation import check_precision
-from flow_training.run_dir import RunLock, sees_token
+from flow_training.flags import nearest
+from flow_training.ops.lock import RunLock, sees_token
 from modeling_raft import RaftForOpticalFlow
 
-# What accelerate may have been told to split a model over several devices with -> the variable that says so, set by
-# `accelerate launch` from its flags and from what `accelerate config` wrote.
+# Ways to split a model over several devices -> the variable by which `accelerate launch` asks for it.
 SHARDING = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
     "FSDP": "ACCELERATE_USE_FSDP",
@@ -34,10 +34,10 @@ SHARDING = {
 
 
 def refuse_sharding() -> None:
-    """Refuse settings of accelerate that split the model; call it before an `Accelerator` is made, which starts them.
+    """Refuse settings of accelerate that split the model, before an `Accelerator` is created, which applies them.
 
     Raises:
-        ValueError: One is on; the message names it and its variable.
+        ValueError: One is set; the message names it and its variable.
     """
     for name, variable in SHARDING.items():
         if parse_flag_from_env(variable):
@@ -49,33 +49,38 @@ def refuse_sharding() -> None:
 
 
 def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfig]:
-    """The accelerator, and the settings with everything resolved that depends on the machine.
+    """Create the accelerator, and resolve the settings that depend on the machine.
+
+    Returns:
+        The accelerator, and the settings with `mixed_precision` and `per_device_train_batch_size` resolved.
 
     Raises:
-        ValueError: A tracker or precision that there is not, a batch that the processes cannot share out, or settings
-            of accelerate that split the model.
+        ValueError: A tracker or precision does not exist here, the batch cannot be split over the processes, or
+            accelerate is set up to split the model.
     """
     refuse_sharding()
     known, installed = ({str(name) for name in names} for names in (LOGGER_TYPE_TO_CLASS, get_available_trackers()))
     for name in config.report_to:
         if name not in known | {"none", "all"}:
-            raise ValueError(f"report_to: there is no tracker {name}{nearest(name, sorted(known))}")
+            raise ValueError(f"report_to must be trackers of accelerate; got {name}{nearest(name, sorted(known))}")
         if name not in installed | {"none", "all"}:
-            raise ValueError(f"report_to: {name} is not installed; there are {', '.join(sorted(installed)) or 'none'}")
+            raise ValueError(
+                f"report_to must be installed trackers ({', '.join(sorted(installed)) or 'none'}); got {name}"
+            )
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == ["none"] else config.report_to,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        # Passes of a step are counted; where batches end says nothing, as those of a step are taken together.
+        # Only passes are counted: the end of the batches never falls inside a step.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
     )
     check_precision(accelerator)
     if not accelerator.is_main_process:
-        logging.getLogger("flow_data").setLevel(logging.ERROR)  # what is missing from the data is said once
+        logging.getLogger("flow_data").setLevel(logging.ERROR)  # warnings about the data are logged once
     # Only now is the number of processes known.
-    per_device, accelerator.gradient_accumulation_steps = accumulation_steps(
+    per_device, accelerator.gradient_accumulation_steps = split_batch(
         config.total_batch_size, config.per_device_train_batch_size, accelerator.num_processes
     )
     return accelerator, dataclasses.replace(
@@ -83,8 +88,43 @@ def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfi
     )
 
 
+def split_batch(total_batch_size: int, per_device: int | None, num_processes: int) -> tuple[int, int]:
+    """Split a global batch over processes and forward passes.
+
+    Args:
+        total_batch_size: Pairs per optimizer step, over all processes.
+        per_device: Pairs per forward pass of a process; None for as many as possible.
+        num_processes: Of the run.
+
+    Returns:
+        Pairs per forward pass of a process, and forward passes per optimizer step.
+
+    Raises:
+        ValueError: The parts would not be equal.
+    """
+    if per_device is None:
+        per_device = max(total_batch_size // num_processes, 1)
+    per_pass = per_device * num_processes
+    if total_batch_size % per_pass:
+        raise ValueError(
+            f"total_batch_size {total_batch_size} cannot be cut into equal parts of "
+            f"per_device_train_batch_size {per_device} on {num_processes} process(es); "
+            f"the next that can is {-(-total_batch_size // per_pass) * per_pass}"
+        )
+    return per_device, total_batch_size // per_pass
+
+
 def require_shared_folder(output_dir: Path, lock: RunLock | None, accelerator: Accelerator) -> None:
-    """Refuse machines with an output_dir each: their parts of a checkpoint would never come together again."""
+    """Refuse machines that do not share output_dir: the parts of a checkpoint would lie in different folders.
+
+    Args:
+        output_dir: The run's folder.
+        lock: On the main process.
+        accelerator: Of the run.
+
+    Raises:
+        ValueError: The folder is not the same one on all processes.
+    """
     if accelerator.num_processes == 1:
         return
     if lock is not None:
@@ -92,18 +132,18 @@ def require_shared_folder(output_dir: Path, lock: RunLock | None, accelerator: A
     (token,) = broadcast_object_list([None if lock is None else lock.token])
     if not all(gather_object([sees_token(output_dir, str(token))])):
         raise ValueError(
-            f"output_dir: {output_dir} is not the same folder for all processes; put it on a file system that all "
-            "machines share"
+            f"output_dir must be the same folder for all processes; got {output_dir}, which is not: put it on a file "
+            "system that all machines share"
         )
 
 
 def describe_devices(accelerator: Accelerator) -> str:
-    """The hardware, in words for the model card."""
+    """Description of the hardware, such as `4 x NVIDIA A100`."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return f"{accelerator.num_processes} x {name}"
 
 
 def unwrap(accelerator: Accelerator, model: Any) -> RaftForOpticalFlow:
-    """The model itself, out of what distributes or compiles it."""
+    """The model itself, without the wrappers that distribute or compile it."""
     return accelerator.unwrap_model(model, keep_torch_compile=False)

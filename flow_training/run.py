@@ -1,239 +1,222 @@
-"""A run under way: what is done with it between its steps, and how it ends when it must."""
+"""A run under way: what its parts share, what is done with it between its steps, and how its failures are handled."""
 
-import math
-import shlex
-import signal
+import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed import DistError
-from tqdm.auto import tqdm
+from torch.optim.lr_scheduler import OneCycleLR
 
-from flow_data.out_of_memory import is_out_of_memory
+from flow_data.out_of_memory import explain_out_of_memory, is_out_of_memory
 from flow_data.sampling import TrainingPairs
-from flow_training.batches import WORKER, DataError, describe_dead_worker, save_samples
-from flow_training.checkpoints import RunProgress, list_checkpoints, save_checkpoint
-from flow_training.config import TrainingConfig, without_token
-from flow_training.evaluation import EvaluationStopped, Protocol, draw_sets, evaluate_sets
-from flow_training.metrics import format_metric, ratios
-from flow_training.model_card import RunRecord
-from flow_training.model_folder import write_model_folder
+from flow_training.checkpoints import ResumeError, RunProgress, list_checkpoints, resume_command, save_checkpoint
+from flow_training.config import TrainingConfig
+from flow_training.data import WORKER, DataError, describe_dead_worker, save_samples
+from flow_training.evaluation import EvaluationInterrupted, Protocol, draw_sets, evaluate_sets
+from flow_training.logger import MetricLogger, NotFiniteError, NothingLearnedError
+from flow_training.model_card import RunRecord, write_model_folder
+from flow_training.ops.signals import StopRequest, TrainingInterrupted
+from flow_training.ops.uploads import Uploads
 from flow_training.processes import describe_devices, unwrap
-from flow_training.run_log import RunLog
-from flow_training.step_sums import STEP_SUMS, NotFiniteError, StepSums
-from flow_training.stopping import StopRequest
-from flow_training.uploads import Uploads
 from modeling_raft import RaftForOpticalFlow
 
-# A run whose ground truth is sparse has steps by chance in which no pixel counts, but never so many in a row.
-MAX_STEPS_WITHOUT_TRUTH = 100
-COUNT = STEP_SUMS.index("count")
-
-
-class NothingLearnedError(ArithmeticError):
-    """The loss of many steps in a row, or of all, says nothing about the model."""
-
-
-class Stopped(Exception):
-    """A signal has ended the run before its last step; a checkpoint is saved."""
-
-    def __init__(self, received: signal.Signals):
-        super().__init__(received.name)
-        self.signal = received
+PROG = "train_flow.py"
 
 
 @dataclass
 class Run:
-    """What a run consists of once it has begun."""
+    """What the parts of a run share; it does nothing by itself."""
 
     config: TrainingConfig
-    settings: dict[str, Any]  # that checkpoints are saved with
+    settings: dict[str, Any]  # the `resume_settings` that checkpoints are saved with
+    checkpoint: Path | None  # to resume from
     accelerator: Accelerator
-    model: Any
     pairs: TrainingPairs
     validation: list[tuple[str, Any, Protocol]]
+    model: Any  # prepared
+    optimizer: Any  # prepared
+    schedule: OneCycleLR
     progress: RunProgress
-    log: RunLog | None  # on the main process
-    bar: tqdm
-    step_sums: StepSums
+    lineage: list[str]  # of `flow_training.model_card.read_lineage`
     stop: StopRequest
-    lineage: list[str]  # what the weights were at first
-    uploads: Uploads | None  # on the main process, where the model is pushed
-    began: float = field(default_factory=time.perf_counter)
-    replaced: list[str] = field(default_factory=list)  # what was wrong with pairs in whose place others were taken
+    logger: MetricLogger
+    uploads: Uploads | None = None  # on the main process, where the model is pushed
+    start: float = field(default_factory=time.perf_counter)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the last validation
-    reports_step: int = 0  # whose weights they are of
+    reports_step: int = 0  # at which the last validation was
 
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
 
-    @property
-    def published_model(self) -> RaftForOpticalFlow:
-        """The model that is validated and published: with `ema_decay` the average of the weights, else the weights."""
-        ema = self.progress.ema
-        return unwrap(self.accelerator, self.model) if ema is None else ema.model
+def published_model(run: Run) -> RaftForOpticalFlow:
+    """The model that is validated and published: the average of the weights with `ema_decay`, else the weights."""
+    ema = run.progress.ema
+    return unwrap(run.accelerator, run.model) if ema is None else ema.model
 
-    def look(self) -> None:
-        """Take over the figures of the steps so far. Until here, nothing waits for the device."""
-        mean, total = (partial(self.accelerator.reduce, reduction=reduction) for reduction in ("mean", "sum"))
-        for row in self.step_sums.flush(self.progress.step, mean, total):
-            self.progress.sums += row  # one by one: the sum must not depend on when one looks
-            self._require_ground_truth(num_pixels=row[COUNT].item())
-        if self.config.skip_bad_samples:
-            for fault in gather_object(self.replaced):
-                if fault not in self.progress.bad_samples and self.accelerator.is_main_process:
-                    self.bar.write(f"step {self.progress.step}: took another pair for a bad one: {fault}")
-                self.progress.bad_samples[fault] = self.progress.bad_samples.get(fault, 0) + 1
-            self.replaced.clear()
 
-    def _require_ground_truth(self, num_pixels: float) -> None:
-        """Stop a run that has nothing to learn from.
+def run_record(run: Run) -> RunRecord:
+    """What the run has done so far, for its model card."""
+    return RunRecord(
+        run_config=run.config.to_dict(),
+        step=run.progress.step,
+        seconds=time.perf_counter() - run.start,
+        device=describe_devices(run.accelerator),
+        reports=run.reports if run.reports_step == run.progress.step else {},
+        lineage=run.lineage,
+    )
 
-        Args:
-            num_pixels: Pixels that counted for the loss of a step.
 
-        Raises:
-            NothingLearnedError: None has in too many steps in a row, or in any step of a shorter run.
-        """
-        progress = self.progress
-        progress.steps_without_truth = 0 if num_pixels > 0 else progress.steps_without_truth + 1
-        if progress.steps_without_truth >= min(MAX_STEPS_WITHOUT_TRUTH, self.config.max_train_steps):
-            names = ", ".join(source.name for source in self.pairs.sources)
-            raise NothingLearnedError(
-                f"there is nothing to learn from: no pixel counted for the loss in {progress.steps_without_truth} "
-                f"steps in a row, that is none had valid ground truth below max_flow ({self.config.max_flow:g} px). "
-                f"Check the ground truth of {names} with python -m flow_data.preview: is it marked as invalid, or in "
-                "another unit than pixels? If the motion is that large, raise --max_flow"
-            )
+def describe_run(run: Run) -> str:
+    """Describe what a run is about to do, so that a wrong setting is seen before days are spent on it.
 
-    def log_training(self, learning_rate: float, pairs_per_second: float) -> None:
-        """Write the means since the last line of the log; the learning rate is that of the last step."""
-        steps, loss, grad_norm, skipped, *errors = self.progress.sums.tolist()
-        metrics = ratios(torch.tensor(errors, dtype=torch.float64))
-        metrics.pop("fl_all")
-        bad = sum(self.progress.bad_samples.values())
-        figures = {
-            "loss": loss / steps,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm / max(steps - skipped, 1),
-            **metrics,
-            **({"skipped_steps": skipped} if skipped else {}),
-            **({"bad_samples": bad} if bad else {}),
-            "pairs_per_second": pairs_per_second,
-        }
-        self.write(figures)
-        epe = format_metric(figures["epe"])
-        self.bar.set_postfix_str(f"loss {figures['loss']:.3f}, epe {epe} px, {pairs_per_second:.1f} pairs/s")
-        self.progress.sums.zero_()
+    Returns:
+        Lines on model, data, batch arithmetic, precision and devices.
+    """
+    config, pairs, accumulation_steps = run.config, run.pairs, run.accelerator.gradient_accumulation_steps
+    model = unwrap(run.accelerator, run.model)
+    samples = config.max_train_steps * config.total_batch_size
+    start = config.model_name_or_path or "random weights"
+    frozen = ", BatchNorm frozen" if config.freeze_batch_norm else ""
+    mix = [f"{source.name}: {len(source.dataset):,} pairs x {source.repeats}" for source in pairs.sources]
+    per_pass, processes = config.per_device_train_batch_size, run.accelerator.num_processes
+    done = f", of which {run.progress.step:,} are done" if run.progress.step else ""
+    lines = [
+        f"model       RAFT {config.model_size}, {model.num_parameters():,} parameters, from {start}{frozen}",
+        f"data        {'; '.join(mix)}: an epoch is {len(pairs):,} samples",
+        f"batch       {config.total_batch_size} pairs a step = {per_pass} a pass x {accumulation_steps} passes x "
+        f"{processes} process{'es' if processes > 1 else ''}",
+        f"steps       {config.max_train_steps:,}{done}: {samples:,} samples, {samples / len(pairs):.1f} epochs "
+        f"of {config.crop_size[0]} x {config.crop_size[1]} crops",
+        f"precision   {config.mixed_precision}, on {describe_devices(run.accelerator)}",
+    ]
+    if config.ema_decay is not None:
+        lines.append(f"EMA         of the weights, decay {config.ema_decay}: validated and saved as the final model")
+    if run.validation:
+        sets = "; ".join(f"{name}: {len(dataset):,} pairs" for name, dataset, _ in run.validation)
+        lines.append(f"validation  {sets}: every {config.validation_steps:,} steps and at the end")
+    if config.push_to_hub:
+        when = "at each checkpoint and at the end" if config.hub_strategy == "every_save" else "at the end"
+        private = ", private if it is new" if config.hub_private_repo else ""
+        lines.append(f"hub         {config.hub_model_id}{private}: {when}")
+    return "\n".join(lines)
 
-    def write(self, figures: dict[str, float]) -> None:
-        """Send figures of this step to the log and the trackers."""
-        existing = {name: value for name, value in figures.items() if math.isfinite(value)}
-        self.accelerator.log(existing, step=self.progress.step)
-        if self.log is not None:
-            self.log.write({"step": self.progress.step, **figures})
 
-    def validate(self) -> None:
-        """Evaluate on every validation set, and show it.
+def save(run: Run) -> None:
+    """Save a checkpoint of this step."""
+    limit = run.config.checkpoints_total_limit
+    save_checkpoint(run.accelerator, Path(run.config.output_dir), run.progress.step, limit, run.settings)
 
-        Raises:
-            Stopped: A signal came; a checkpoint is saved from which the validation is done first.
-        """
-        model, step = self.published_model, self.progress.step
-        self.progress.validation_due = True
-        try:
-            self.reports = evaluate_sets(model, self.validation, self.accelerator, self.stop.agreed)
-            self.reports_step = step
-        except EvaluationStopped:
-            self.save_and_stop()
-        except (ValueError, OSError) as error:
-            raise DataError(f"validation: {error}. Mend the file, or leave the set out of validation_sets") from error
-        self.write(
-            {
-                f"validation/{name}/{metric}": value
-                for name, report in self.reports.items()
-                for metric, value in report["metrics"].items()
-            }
+
+def save_and_stop(run: Run) -> NoReturn:
+    """Save a checkpoint of this step, and raise `TrainingInterrupted`."""
+    received = run.stop.stop_requested()
+    assert received is not None
+    save(run)
+    raise TrainingInterrupted(received)
+
+
+def validate(run: Run) -> None:
+    """Evaluate on every validation set, and log the results.
+
+    Raises:
+        TrainingInterrupted: A signal was received. A checkpoint is saved, and the run that resumes from it begins with
+            this validation.
+        DataError: A pair cannot be read.
+    """
+    model = published_model(run)
+    run.progress.validation_due = True
+    try:
+        run.reports = evaluate_sets(model, run.validation, run.accelerator, run.stop.stop_requested)
+        run.reports_step = run.progress.step
+    except EvaluationInterrupted:
+        save_and_stop(run)
+    except (ValueError, OSError) as error:
+        raise DataError(f"validation: {error}. Fix the file, or leave the set out of validation_sets") from error
+    run.logger.log_validation(run.reports)
+    run.progress.validation_due = False
+    if run.logger.takes_images:
+        images = draw_sets(model, run.validation, run.accelerator)
+        run.logger.log_images({f"validation/{name}": image for name, image in images.items()})
+
+
+def upload(run: Run) -> None:
+    """Start to push the weights of this step in the background."""
+    if run.uploads is not None:
+        step, model = run.progress.step, published_model(run)
+        description = f"Step {step} of {run.config.max_train_steps}"
+        run.uploads.start(step, description, lambda folder: write_model_folder(folder, model, run_record(run)))
+
+
+def handle_failure(error: Exception, run: Run | None, config: TrainingConfig, argv: list[str]) -> NoReturn:
+    """End the program after an exception: the one place where errors become messages.
+
+    Args:
+        error: As it was caught. One that has no explanation is raised again, with its traceback.
+        run: None where the run was still being set up.
+        config: The settings as they were given.
+        argv: The command line, for the command that resumes the run.
+
+    Raises:
+        SystemExit: With a message; or with 128 and the number of the signal, as shells report it, after
+            `TrainingInterrupted`.
+    """
+    output_dir = Path(config.output_dir)
+    if run is None:
+        message = str(error) if isinstance(error, (ValueError, OSError)) and not is_out_of_memory(error) else None
+        if message is not None:
+            sys.exit(f"{PROG}: error: {message}")
+    else:
+        run.logger.bar.close()
+        if isinstance(error, TrainingInterrupted):
+            if run.accelerator.is_main_process:
+                saved = f"{error}: step {run.progress.step} is saved."
+                print(f"{saved} {resume_command(argv, output_dir)}", file=sys.stderr)
+            run.accelerator.wait_for_everyone()
+            run.accelerator.end_training()
+            sys.exit(128 + error.signal)
+        message = _explain(error, run)
+        # Only one process may have found what is wrong with data or files.
+        alone = (DataError, ResumeError, OSError)
+        if message is not None and not run.accelerator.is_main_process and not isinstance(error, alone):
+            sys.exit(1)
+        if isinstance(error, (ResumeError, NothingLearnedError)):  # resuming would end in the same way
+            sys.exit(f"{PROG}: error: {message}")
+    message = message or explain_out_of_memory(error, "the training", advise_on_memory(config))
+    if message is None:
+        raise error
+    sys.exit(f"{PROG}: error: {message}\n{resume_command(argv, output_dir)}")
+
+
+def _explain(error: Exception, run: Run) -> str | None:
+    """Say what has ended the training, after saving what can be saved; None if memory ran out or nobody foresaw it."""
+    if isinstance(error, NotFiniteError):
+        suspects = gather_object(error.numbers)
+        if not run.accelerator.is_main_process:
+            return ""
+        path, ids = save_samples(run.pairs, suspects, Path(run.config.output_dir), error.step)
+        return (
+            f"{error}; its pairs: {', '.join(ids)}, as they were trained on in {path}. Checkpoints are unchanged. "
+            "Check these pairs; if they are sound, lower the learning rate or train without fp16."
         )
-        self.progress.validation_due = False
-        if not self.accelerator.is_main_process:
-            return
-        for name, report in self.reports.items():
-            epe, zero = format_metric(report["metrics"]["epe"]), format_metric(report["zero_flow_epe"])
-            self.bar.write(f"step {step}: {name} epe {epe} px (zero flow: {zero})")
-        if "tensorboard" in [tracker.name for tracker in self.accelerator.trackers]:
-            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-            for name, picture in draw_sets(model, self.validation, self.accelerator).items():
-                writer.add_image(f"validation/{name}", picture, step, dataformats="HWC")
-
-    def save(self) -> None:
-        """Save a checkpoint of this step."""
-        limit = self.config.checkpoints_total_limit
-        save_checkpoint(self.accelerator, self.output_dir, self.progress.step, limit, self.settings)
-
-    def record(self) -> RunRecord:
-        """What the run has done so far."""
-        return RunRecord(
-            run_config=self.config.to_dict(),
-            step=self.progress.step,
-            seconds=time.perf_counter() - self.began,
-            device=describe_devices(self.accelerator),
-            reports=self.reports if self.reports_step == self.progress.step else {},
-            lineage=self.lineage,
-        )
-
-    def upload(self) -> None:
-        """Begin to push the weights of this step in the background."""
-        if self.uploads is None:
-            return
-        step, model = self.progress.step, self.published_model
-        description = f"Step {step} of {self.config.max_train_steps}"
-        self.uploads.start(step, description, lambda folder: write_model_folder(folder, model, self.record()))
-
-    def save_and_stop(self) -> None:
-        """Save a checkpoint of this step, and raise `Stopped`."""
-        received = self.stop.agreed()
-        assert received is not None
-        self.save()
-        raise Stopped(received)
-
-    def explain(self, error: Exception) -> str | None:
-        """What ended the run, in words, after saving what can be saved; None for what nobody foresaw."""
-        if isinstance(error, NotFiniteError):
-            suspects = gather_object(error.numbers)
-            if not self.accelerator.is_main_process:
-                return ""
-            path, ids = save_samples(self.pairs, suspects, self.output_dir, error.step)
-            return (
-                f"{error}; its pairs: {', '.join(ids)}, as they were trained on in {path}. Checkpoints are as they "
-                "were. Look at these pairs; if they are sound, lower the learning rate or train without fp16."
-            )
-        if isinstance(error, NothingLearnedError):
+    if isinstance(error, DataError):
+        if run.accelerator.num_processes > 1 or run.progress.step == 0:  # the others would have to take part
             return str(error)
-        if isinstance(error, DataError):
-            if self.accelerator.num_processes > 1 or self.progress.step == 0:  # the others would have to take part
-                return str(error)
-            self.look()
-            self.save()
-            return f"{error} Step {self.progress.step} is saved."
-        if is_out_of_memory(error):
-            return None  # may happen before there is a run, too: see `advise_on_memory`
-        if isinstance(error, DistError) or "gloo" in str(error):
-            return "another process of this run has ended; what it said is the reason."
-        if isinstance(error, OSError):
-            return str(error)
-        return describe_dead_worker(error) if WORKER in str(error) else None
+        run.logger.reduce_metrics()
+        save(run)
+        return f"{error} Step {run.progress.step} is saved."
+    if is_out_of_memory(error):
+        return None
+    if isinstance(error, DistError) or "gloo" in str(error):
+        return "another process of this run has ended; its message is the reason."
+    if isinstance(error, (NothingLearnedError, ResumeError, OSError)):
+        return str(error)
+    return describe_dead_worker(error) if WORKER in str(error) else None
 
 
 def advise_on_memory(config: TrainingConfig) -> str:
-    """What needs less memory than a run's settings, and which step is saved."""
+    """Say what needs less memory than a run's settings, and which step is saved."""
     flags = []
     if config.per_device_train_batch_size != 1:
         flags.append("a smaller --per_device_train_batch_size (accumulation makes up for it)")
@@ -246,17 +229,3 @@ def advise_on_memory(config: TrainingConfig) -> str:
     saved = list_checkpoints(Path(config.output_dir))
     step = f"Step {saved[-1].name.rpartition('-')[2]} is saved." if saved else "No step is saved yet."
     return f"Give {', or '.join(flags)}{validation}. {step}"
-
-
-def how_to_go_on(argv: list[str], output_dir: Path) -> str:
-    """The command that resumes a run, without secrets.
-
-    Where nothing has been saved yet, it is the command as it was given: what that one started from must not be lost.
-    """
-    given = without_token(argv)
-    resume = "--resume_from_checkpoint"
-    if list_checkpoints(output_dir) or not any(word.startswith(resume) for word in given):
-        pairs = list(zip(["", *given], given, strict=False))
-        given = [word for before, word in pairs if before != resume and not word.startswith(resume)]
-        given += [resume, "auto"]
-    return f"Go on with:  {shlex.join(['accelerate', 'launch', 'train_flow.py', *given])}"

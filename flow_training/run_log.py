@@ -1,26 +1,26 @@
-"""train_log.jsonl: one JSON object a line, each step once, also after a resume; null for what does not exist."""
+"""train_log.jsonl: a JSON object for each logged step, once also after a resume, with null for what does not exist."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from flow_training.strict_json import to_json
+from flow_training.metrics import to_json
 
 FILE_NAME = "train_log.jsonl"
 
 
 class RunLog:
-    """Append figures of a run to its log.
+    """Appends metrics of a run to its log.
 
     Args:
         output_dir: The run's folder.
-        step: Steps done before this run goes on; lines of later ones are cut, and so are lines that are damaged, as
-            the last one is where the run was killed.
-        validation_due: The validation of that step is done again; its line is cut, too.
+        step: The step from which the run resumes. Lines of later steps are removed, and so are damaged lines, as the
+            last one may be after a kill.
+        validation_due: Whether the validation of that step is repeated; then its line is removed, too.
 
     Raises:
-        OSError: It cannot be written; the log is as it was.
+        OSError: It cannot be written; the log is unchanged.
     """
 
     def __init__(self, output_dir: Path, step: int, validation_due: bool = False):
@@ -40,21 +40,21 @@ class RunLog:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def write(self, figures: dict[str, Any]) -> None:
-        """Add a line; it is in the file when this returns.
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append a line; it is in the file when this returns.
 
         Raises:
             OSError: It cannot be written, for example to a full disk.
         """
         try:
             with self.path.open("a") as file:
-                file.write(to_json(figures) + "\n")
+                file.write(to_json(metrics) + "\n")
         except OSError as error:
             raise OSError(f"cannot write {self.path}: {error}") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a log; a kill may have torn the last, and a disk any other."""
+    """Read all complete lines of a log: a kill may have cut the last, and a disk may have damaged others."""
     lines = []
     for text in path.read_text(errors="replace").splitlines():
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flow_training.checkpoints import find_checkpoint, list_checkpoints, set_aside_later_checkpoints
+from flow_training.checkpoints import archive_later_checkpoints, find_checkpoint, list_checkpoints
 from flow_training.run_log import FILE_NAME, RunLog, read_log
 
 
@@ -44,7 +44,7 @@ def test_what_is_no_checkpoint_is_an_error(tmp_path):
 def test_checkpoints_of_an_abandoned_course_are_not_the_latest(tmp_path):
     for step in (2, 4, 6):
         make_checkpoint(tmp_path / f"checkpoint-{step}")
-    set_aside_later_checkpoints(tmp_path, 4)
+    archive_later_checkpoints(tmp_path, 4)
     assert find_checkpoint("latest", tmp_path).name == "checkpoint-4"
     assert (tmp_path / "abandoned-checkpoint-6").is_dir()  # no work is lost
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flow_training.config import TrainingConfig, accumulation_steps, parse_config
+from flow_training.config import TrainingConfig, parse_config
+from flow_training.processes import split_batch
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 REQUIRED = ["--output_dir", "out", "--train_mix", "{synthetic: 1}"]
@@ -90,40 +91,44 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("", ["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
         ("", ["--max_train", "1"], "unknown flag --max_train"),  # no abbreviations
         ("learning_rate: fast", [], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
-        ("learning_rate: true", [], "learning_rate: expected no switch; got True"),
-        ("learning_rate: [1, 2]", [], "learning_rate: expected one value; got [1, 2]"),
+        ("learning_rate: true", [], "learning_rate must be a value and not a switch; got True"),
+        ("learning_rate: [1, 2]", [], "learning_rate must be one value; got [1, 2]"),
         ("max_train_steps: 1.5", [], "argument --max_train_steps/--max-train-steps: invalid int value: '1.5'"),
-        ("flip: 3", [], "flip: expected true or false; got 3"),
+        ("flip: 3", [], "flip must be true or false; got 3"),
         ("mixed_precision: fp8", [], "argument --mixed_precision/--mixed-precision: invalid choice: 'fp8'"),
         ("crop_size: [60, 64]", [], "crop_size must be a height and a width, multiples of 8; got [60, 64]"),
         ("crop_size: [64]", [], "crop_size must be a height and a width"),
         ("zoom_range: [0.5, -0.5]", [], "zoom_range must be [lo, hi]"),
-        ("zoom_range: {sintel_clean: [0, 1]}", [], "neither synthetic nor default"),
+        ("zoom_range: {sintel_clean: [0, 1]}", [], "zoom_range must have synthetic or default; got sintel_clean"),
         ("zoom_range: {default: [0, 1], sintle_clean: [0, 1]}", [], "did you mean 'sintel_clean'?"),
-        ("total_batch_size: 0", [], "total_batch_size must be at least 1; got 0"),
+        ("total_batch_size: 0", [], "total_batch_size must be from 1 to 1000000000; got 0"),
         ("learning_rate: -1", [], "learning_rate must be positive and finite; got -1"),
         ("validation_sets: [kitti_2016]", [], "did you mean 'kitti_2015'?"),
         ("validation_sets: ['sintel_clean:validation']", [], "sintel_clean: expected a split of training, test, all"),
         ("train_split: testing", [], "synthetic: expected a split of"),
         ("", ["--train_mix", "{flying_chair: 1}"], "did you mean 'flying_chairs'?"),
-        ("", ["--train_mix", "{flying_chairs: 0.5}"], "flying_chairs needs a whole number of at least 1; got 0.5"),
-        ("", ["--train_mix", "flying_chairs"], "expected a mapping"),
+        ("", ["--train_mix", "{flying_chairs: 0.5}"], "flying_chairs must be a whole number of at least 1; got 0.5"),
+        ("", ["--train_mix", "flying_chairs"], "must be a mapping"),
         ("", ["--train_mix", "{}"], "train_mix is required"),
         ("", ["--streaming"], "streaming needs dataset_name"),
-        ("", ["--report_to", "none", "tensorboard"], "report_to: none excludes"),
+        (
+            "",
+            ["--report_to", "none", "tensorboard"],
+            "report_to must be none or trackers, not both; got none tensorboard",
+        ),
         ("", ["--train_mix", "{synthetic: 1"], "is no YAML"),
         ("", ["stray"], "'stray' belongs to no flag"),
         ("- a list", [], "is no YAML"),
         ("config_overrides: {loss_gamma: 0.5}", [], "loss_gamma is set by the run's gamma"),
         ("seed: 1\nseed: 2", [], "the key seed occurs twice"),
-        ("crop_size: []", [], "crop_size: the list is empty"),
+        ("crop_size: []", [], "crop_size must not be an empty list"),
         ("data_root: ''", [], "data_root is empty"),
         ("zoom_range: [0, 6]", [], "zoom_range must be [lo, hi] in log2 with -5 <= lo <= hi <= 5"),
         ("", ["--train_mix", "{1: 2}"], "unknown source 1: did you mean"),
         ("", ["--synthetic_displacement", "1", "inf"], "synthetic_displacement must be a range"),
-        ("", ["--synthetic_num_pairs", "9" * 20], "synthetic_num_pairs must be at most"),
+        ("", ["--synthetic_num_pairs", "9" * 20], "synthetic_num_pairs must be from 1 to 1000000000"),
         ("synthetic_ego_motion: 1.5", [], "synthetic_ego_motion must be between 0 and 1; got 1.5"),
-        ("", ["--seed", "4294967296"], "seed must be at most 4294967295"),
+        ("", ["--seed", "4294967296"], "seed must be from 0 to 4294967295"),
         ("ema_decay: 1", [], "ema_decay must be between 0 and 1, 0.999 say; got 1"),
         ("ema_decay: 0.0", [], "ema_decay must be between 0 and 1"),
         ("ema_decay: .nan", [], "ema_decay must be between 0 and 1"),
@@ -173,16 +178,16 @@ def test_what_is_written_down_is_the_same_run(tmp_path):
 
 
 def test_accumulation_follows_from_batch_and_processes():
-    assert accumulation_steps(6, None, 1) == (6, 1)
-    assert accumulation_steps(6, None, 2) == (3, 1)
-    assert accumulation_steps(12, 2, 3) == (2, 2)
+    assert split_batch(6, None, 1) == (6, 1)
+    assert split_batch(6, None, 2) == (3, 1)
+    assert split_batch(12, 2, 3) == (2, 2)
     for arguments, message in (
         ((6, 4, 1), "the next that can is 8"),
         ((6, None, 4), "4 process"),
         ((1, None, 2), "is 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            accumulation_steps(*arguments)
+            split_batch(*arguments)
 
 
 def test_a_data_set_on_the_hub_takes_the_place_of_the_mix(tmp_path, caplog):

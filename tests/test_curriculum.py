@@ -21,10 +21,10 @@ from tiny_run import TINY_RUN, environment, figures, train
 from flow_training import curriculum as module
 from flow_training.checkpoints import list_checkpoints
 from flow_training.config import parse_config
-from flow_training.curriculum import PassedOnSignals, main
+from flow_training.curriculum import disk_needed, kept_checkpoints, main, read_curriculum
+from flow_training.hub import FINISHED_FILES
+from flow_training.ops.launcher import STOP_SIGNALS, SignalForwarder
 from flow_training.run_log import read_log
-from flow_training.stage_plan import disk_needed, kept_checkpoints
-from flow_training.stages import FINISHED_FILES, read_curriculum
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((PROJECT / "configs" / "curriculum").glob("*.yaml"))
@@ -175,7 +175,7 @@ def test_killed_in_the_second_stage_it_goes_on_there(second_to_do, finished):
     assert process.wait(timeout=60) != 0
     said = second_to_do.with_suffix(".out").read_text()
     assert f"stage second failed with exit code {process.returncode}" in said
-    assert f"go on with:  python -m flow_training.curriculum {second_to_do}" in said
+    assert f"resume with:  python -m flow_training.curriculum {second_to_do}" in said
     last = int(list_checkpoints(outputs / "second")[-1].name.rpartition("-")[2])
     assert last < SECOND_STEPS
 
@@ -219,7 +219,7 @@ def test_a_signal_stops_stage_and_curriculum(tmp_path):
     code = process.wait(timeout=60)
     said = (tmp_path / "out").read_text()
     assert code != 0
-    assert "stopped by SIGTERM in stage first; go on with:  python -m flow_training.curriculum" in said
+    assert "stopped by SIGTERM in stage first; resume with:  python -m flow_training.curriculum" in said
     (checkpoint,) = list_checkpoints(tmp_path / "outputs" / "first")
     assert int(checkpoint.name.rpartition("-")[2]) == read_log(log)[-1]["step"]
     assert not (tmp_path / "outputs" / "second").exists()
@@ -264,7 +264,7 @@ for name in ("README.md", "config.json", "preprocessor_config.json", "model.safe
 def test_ending_without_an_error_is_not_enough(monkeypatch, tmp_path, capsys):
     path = stand_in(monkeypatch, tmp_path, "Path(sys.argv[0]).with_name('ran').open('a').write('x')")
     assert main([str(path)]) == 1
-    assert "stage first ended before its last step; go on with" in capsys.readouterr().out
+    assert "stage first ended before its last step; resume with" in capsys.readouterr().out
     assert (tmp_path / "ran").read_text() == "x"
 
 
@@ -295,17 +295,17 @@ def test_it_ends_only_when_the_training_has(tmp_path):
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     command = ["sh", "-c", f"cd {tmp_path} && exec {sys.executable} launcher.py"]
-    handlers = [signal.getsignal(number) for number in module.STOP_SIGNALS]
-    with PassedOnSignals() as signals:
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with SignalForwarder(module.TRAINER, module.PROG) as signals:
         assert signals.run(command) == 128 + signal.SIGKILL
     assert (tmp_path / "ended").exists()
-    assert handlers == [signal.getsignal(number) for number in module.STOP_SIGNALS]
+    assert handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
 
 
-@pytest.mark.parametrize("number", module.STOP_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_before_the_training_a_signal_ends_the_launcher(default_signals, number):
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with PassedOnSignals() as signals:
+    with SignalForwarder(module.TRAINER, module.PROG) as signals:
         threading.Timer(0.5, os.kill, [os.getpid(), number]).start()
         assert signals.run(command) == 128 + signal.SIGTERM
     assert signals.signal is number
@@ -500,10 +500,10 @@ def broken(path: Path, **keys: object) -> Path:
         ({"stages": []}, "stages must be a list of at least one"),
         ({"stages": "configs/chairs.yaml"}, "stages must be a list"),
         ({"stages": ["configs/chairs.yaml"]}, "stage 1 must hold `key: value` lines; got 'configs/chairs.yaml'"),
-        ({"stages": [{"name": "x"}]}, "stage 1 needs a config"),
+        ({"stages": [{"name": "x"}]}, "stage 1 must have a config"),
         ({"stages": [{"conf": "x"}]}, r"stage 1: unknown key conf; did you mean config\?"),
         ({"flags": {"learning_rat": 1}}, r"flags: unknown key learning_rat; did you mean learning_rate\?"),
-        ({"flags": {"flip": 3}}, "flags: flip: expected true or false; got 3"),
+        ({"flags": {"flip": 3}}, "flags: flip must be true or false; got 3"),
         ({"flags": {"output_dir": "x"}}, "flags: output_dir cannot be given here: give output_root"),
         ({"flags": {"resume_from_checkpoint": "x"}}, "resume_from_checkpoint cannot be given here: .*always resumed"),
         ({"flags": "--seed 3"}, "flags must hold `key: value` lines"),
@@ -528,7 +528,7 @@ def test_mistakes_in_a_stage_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(path)])
     said = capsys.readouterr().err
-    assert "seed must be at least 0; got -3" in said and "settings of" in said and "stage 2, second" in said
+    assert "seed must be from 0 to 4294967295; got -3" in said and "settings of" in said and "stage 2, second" in said
     with pytest.raises(SystemExit, match="no such file: .*nowhere.yaml"):
         main([str(tmp_path / "nowhere.yaml")])
     for name in ("--output_dir", "--resume_from_checkpoint=x"):

@@ -13,8 +13,8 @@ from tiny_run import figures, train
 from torch import Tensor
 
 from flow_data.synthetic import SyntheticOptions, synthetic
-from flow_training.ema import ExponentialMovingAverage
 from flow_training.evaluation import PROTOCOLS, evaluate
+from flow_training.optimization import ExponentialMovingAverage
 from modeling_raft import RaftForOpticalFlow
 
 STEPS = 4

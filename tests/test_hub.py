@@ -12,8 +12,7 @@ from test_modeling_raft import tiny_config
 
 from flow_training import hub
 from flow_training.config import parse_config
-from flow_training.model_card import RunRecord, read_lineage
-from flow_training.model_folder import write_run
+from flow_training.model_card import RunRecord, read_lineage, write_run
 from modeling_raft import RaftForOpticalFlow
 
 REPORT = {

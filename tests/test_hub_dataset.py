@@ -428,9 +428,8 @@ DRAW_IDS = """
 import json, sys
 import numpy as np
 from accelerate import Accelerator
-from flow_training.batches import make_batches
 from flow_training.config import parse_config
-from flow_training.data import training_pairs
+from flow_training.data import make_batches, training_pairs
 from flow_training.processes import make_accelerator
 accelerator, config = make_accelerator(parse_config(sys.argv[2:]))
 batches = make_batches(config, training_pairs(config), 0, accelerator)

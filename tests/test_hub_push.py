@@ -23,8 +23,8 @@ from test_hub import PUBLISHED
 from tiny_run import CPU, PROJECT, command, figures
 
 from flow_training import hub as pushing
+from flow_training.ops.uploads import Uploads
 from flow_training.run_log import read_log
-from flow_training.uploads import Uploads
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
 pytestmark = pytest.mark.slow
@@ -134,7 +134,7 @@ def test_each_save_and_the_end_come_to_the_hub_and_training_waits_for_neither(ru
     assert "not finished" not in final and "9 optimizer steps" in final
     assert {result.metric_type for result in ModelCard(final).data.eval_results} >= {"epe", "epe_per_image"}
     assert "hub         user/tiny: at each checkpoint and at the end" in output
-    assert "step 6 is not uploaded: the upload of step 3 to user/tiny still goes on" in output
+    assert "step 6 is not uploaded: the upload of step 3 to user/tiny is still running" in output
     assert "step 3 is uploaded to user/tiny" in output and "pushed: http" in output
     assert_whole(output_dir)
     assert figures(output_dir) == figures(runs["folders"]["gone to lunch"])  # of a run that uploaded nothing meanwhile
@@ -186,7 +186,7 @@ def test_a_hub_that_is_gone_at_the_end_costs_nothing_and_is_pushed_to_later(runs
     output_dir, (output, errors) = runs["folders"]["gone to lunch"], runs["outputs"]["gone to lunch"]
     assert "hub         user/tiny: at the end" in output and "not uploaded" not in output  # nor was it tried before
     assert runs["codes"]["gone to lunch"] == pushing.UPLOAD_FAILED and "Traceback" not in errors
-    assert f"training is done and {output_dir} is whole, but the upload to user/tiny failed" in errors
+    assert f"training is done and {output_dir} is complete, but the upload to user/tiny failed" in errors
     assert re.search("cannot create user/tiny on the Hub, http://127.*, or write to it: .*refused", errors)
     assert_whole(output_dir)
     (line,) = [line for line in errors.splitlines() if line.startswith("Push it later with:")]
@@ -205,11 +205,11 @@ def test_a_hub_that_is_gone_at_the_end_costs_nothing_and_is_pushed_to_later(runs
 def test_an_upload_that_breaks_off_costs_a_line_and_a_token_that_runs_out_the_exit_code(runs, tmp_path):
     output_dir, (output, errors) = runs["folders"]["failing"], runs["outputs"]["failing"]
     assert runs["codes"]["failing"] == pushing.UPLOAD_FAILED and "Traceback" not in errors, errors
-    (line,) = [line for line in output.splitlines() if "training goes on" in line]
-    assert line.startswith("step 3 is not uploaded to user/tiny, training goes on: cannot push"), line
+    (line,) = [line for line in output.splitlines() if "training continues" in line]
+    assert line.startswith("step 3 is not uploaded to user/tiny, training continues: cannot push"), line
     assert "Error while uploading" in line and "500" in line
     assert "401" in errors and "hf auth login" in errors and "HF_TOKEN" in errors
-    assert f"{output_dir} is whole, but the upload to user/tiny failed" in errors
+    assert f"{output_dir} is complete, but the upload to user/tiny failed" in errors
     assert len(runs["failing"].repos["model", "user/tiny"].commits) == 1  # the empty one: nothing half has come
     assert_whole(output_dir)
     (line,) = [line for line in errors.splitlines() if line.startswith("Push it later with:")]
@@ -256,7 +256,7 @@ def test_neither_a_kill_nor_a_signal_waits_for_an_upload_or_leaves_its_copy(tmp_
         process.terminate()
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM and "is saved" in errors, errors
-    assert "to user/tiny was ended before it was through" in output
+    assert "to user/tiny was canceled" in output
     assert not upload.is_running() and not list(output_dir.glob("unfinished*"))
 
 

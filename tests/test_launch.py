@@ -113,7 +113,7 @@ assert code == {code}, code
 assert PartialState().num_processes == 2
 print("left" if not torch.distributed.is_initialized() else "still there")
 """
-STOP = "train_flow.outlive_no_launcher = lambda: signal.raise_signal(signal.SIGTERM)  # the call before the first step"
+STOP = "train_flow.terminate_with_launcher = lambda: signal.raise_signal(signal.SIGTERM)"  # the call before step 1
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from flow_training.metrics import (
     ERROR_SUMS,
     REGIONS,
+    compute_metrics,
     error_sums,
-    ratios,
-    region_figures,
+    region_metrics,
     region_sums,
     summarize,
 )
@@ -37,20 +37,20 @@ def test_equals_the_definitions(seed):
         errors.append(math.hypot(du, dv))
         lengths.append(math.hypot(*flow_gt[b, :, y, x].tolist()))
     outliers = [error > 3 and error / length > 0.05 for error, length in zip(errors, lengths, strict=True)]
-    figures = summarize(error_sums(flow_pred, flow_gt, valid))
-    assert figures["epe"] == pytest.approx(np.mean(errors))
+    metrics = summarize(error_sums(flow_pred, flow_gt, valid))
+    assert metrics["epe"] == pytest.approx(np.mean(errors))
     for share in (1, 3, 5):
-        assert figures[f"{share}px"] == pytest.approx(np.mean(np.array(errors) < share))
-    assert figures["fl_all"] == pytest.approx(100 * np.mean(outliers))
+        assert metrics[f"{share}px"] == pytest.approx(np.mean(np.array(errors) < share))
+    assert metrics["fl_all"] == pytest.approx(100 * np.mean(outliers))
 
 
-def test_per_image_figures_are_means_of_images():
+def test_per_image_metrics_are_means_of_images():
     sums = error_sums(*pairs(0))
-    each = [ratios(row) for row in sums]
-    figures = summarize(sums)
-    assert figures["epe_per_image"] == pytest.approx(np.mean([pair["epe"] for pair in each]))
-    assert figures["fl_all_per_image"] == pytest.approx(np.mean([pair["fl_all"] for pair in each]))
-    assert figures["epe_per_image"] != figures["epe"]  # the masks differ in size
+    each = [compute_metrics(row) for row in sums]
+    metrics = summarize(sums)
+    assert metrics["epe_per_image"] == pytest.approx(np.mean([pair["epe"] for pair in each]))
+    assert metrics["fl_all_per_image"] == pytest.approx(np.mean([pair["fl_all"] for pair in each]))
+    assert metrics["epe_per_image"] != metrics["epe"]  # the masks differ in size
 
 
 def test_parts_add_up_to_the_whole():
@@ -69,24 +69,24 @@ def test_what_is_not_valid_does_not_matter():
 def test_pairs_without_a_valid_pixel():
     flow_pred, flow_gt, valid = pairs(3)
     valid[1] = False
-    figures, without = summarize(error_sums(flow_pred, flow_gt, valid)), [0, 2]
-    assert figures == summarize(error_sums(flow_pred[without], flow_gt[without], valid[without]))
+    metrics, without = summarize(error_sums(flow_pred, flow_gt, valid)), [0, 2]
+    assert metrics == summarize(error_sums(flow_pred[without], flow_gt[without], valid[without]))
     assert math.isnan(summarize(torch.zeros(2, len(ERROR_SUMS)))["epe"])
 
 
 def test_a_prediction_that_is_not_finite_is_an_outlier():
     flow_pred, flow_gt, valid = pairs(6)
     flow_pred[:] = torch.nan
-    figures = summarize(error_sums(flow_pred, flow_gt, valid))
-    assert math.isnan(figures["epe"]) and figures["fl_all"] == 100 and figures["5px"] == 0
+    metrics = summarize(error_sums(flow_pred, flow_gt, valid))
+    assert math.isnan(metrics["epe"]) and metrics["fl_all"] == 100 and metrics["5px"] == 0
 
 
 def test_thresholds_are_strict():
     flow_gt = torch.zeros(1, 2, 1, 4)
     flow_pred = torch.tensor([1.0, 3.0, 5.0, 3.0])[None, None, None] * torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)
-    figures = summarize(error_sums(flow_pred, flow_gt, torch.ones(1, 1, 4, dtype=torch.bool)))
-    assert (figures["1px"], figures["3px"], figures["5px"]) == (0, 0.25, 0.75)
-    assert figures["fl_all"] == 25  # true length 0: only the error of 5 px exceeds 3 px
+    metrics = summarize(error_sums(flow_pred, flow_gt, torch.ones(1, 1, 4, dtype=torch.bool)))
+    assert (metrics["1px"], metrics["3px"], metrics["5px"]) == (0, 0.25, 0.75)
+    assert metrics["fl_all"] == 25  # true length 0: only the error of 5 px exceeds 3 px
 
 
 # ---- regions ----
@@ -104,8 +104,8 @@ def test_regions_equal_the_definitions(seed, scale):
         by_speed = "epe_s0_10" if speed < 10 else "epe_s10_40" if speed <= 40 else "epe_s40_plus"
         for name in (by_speed, "epe_unmatched" if occluded[b, y, x] else "epe_matched"):
             errors.setdefault(name, []).append(error)
-    figures = region_figures(region_sums(flow_pred, flow_gt, valid, occluded).sum(0))
-    assert figures == pytest.approx({name: np.mean(values) for name, values in errors.items()})
+    metrics = region_metrics(region_sums(flow_pred, flow_gt, valid, occluded).sum(0))
+    assert metrics == pytest.approx({name: np.mean(values) for name, values in errors.items()})
 
 
 def test_bounds_of_speed_belong_to_the_middle():
@@ -120,13 +120,13 @@ def test_bounds_of_speed_belong_to_the_middle():
     }  # fmt: skip
 
 
-def test_regions_without_pixels_have_no_figure():
+def test_regions_without_pixels_have_no_metric():
     flow_pred, flow_gt, valid = pairs(4)
     flow_gt = flow_gt / flow_gt.norm(dim=1, keepdim=True)  # all of it slow
-    assert set(region_figures(region_sums(flow_pred, flow_gt, valid).sum(0))) == {"epe_s0_10"}
+    assert set(region_metrics(region_sums(flow_pred, flow_gt, valid).sum(0))) == {"epe_s0_10"}
     hidden = torch.zeros_like(valid)
-    assert set(region_figures(region_sums(flow_pred, flow_gt, valid, hidden).sum(0))) == {"epe_s0_10", "epe_matched"}
-    assert region_figures(region_sums(flow_pred, flow_gt, hidden).sum(0)) == {}
+    assert set(region_metrics(region_sums(flow_pred, flow_gt, valid, hidden).sum(0))) == {"epe_s0_10", "epe_matched"}
+    assert region_metrics(region_sums(flow_pred, flow_gt, hidden).sum(0)) == {}
 
 
 def test_unknown_flow_is_in_no_region():

@@ -13,16 +13,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_modeling_raft import tiny_config
 from tiny_run import figures, train
-from tqdm.auto import tqdm
 
 import evaluate_flow
 from flow_data.sampling import MixSource, TrainingPairs
 from flow_data.sources import load_source
 from flow_training.checkpoints import RunProgress
-from flow_training.data import CHECKED_PAIRS, describe_missing_truth
-from flow_training.metrics import ERROR_SUMS
-from flow_training.run import MAX_STEPS_WITHOUT_TRUTH, NothingLearnedError, Run
-from flow_training.step_sums import STEP_SUMS, StepSums
+from flow_training.data import CHECKED_PAIRS, describe_missing_ground_truth
+from flow_training.logger import MAX_STEPS_WITHOUT_PIXELS, MetricLogger, NothingLearnedError
 from modeling_raft import RaftForOpticalFlow
 
 
@@ -104,57 +101,53 @@ def test_one_source_without_ground_truth_is_warned_of_and_trained_with(tmp_path)
     assert None in epes and len(set(epes)) > 2
 
 
-def fake_run(progress: RunProgress, max_train_steps: int = 1000) -> Run:
-    """A run of one process, as far as its sums need one."""
+def make_logger(progress: RunProgress, max_train_steps: int = 1000) -> MetricLogger:
+    """The logger of a run of one process, as far as it counts pixels."""
     config = SimpleNamespace(max_train_steps=max_train_steps, max_flow=400.0, skip_bad_samples=False)
-    accelerator = SimpleNamespace(reduce=lambda tensor, reduction: tensor)
-    sources = SimpleNamespace(sources=[SimpleNamespace(name="one"), SimpleNamespace(name="other")])
-    sums, nothing = StepSums(loss_scaled=False), SimpleNamespace()
-    return Run(
-        config, {}, accelerator, nothing, sources, [], progress, None, tqdm(disable=True), sums, nothing, [], None
-    )  # fmt: skip
+    accelerator = SimpleNamespace(reduce=lambda tensor, reduction: tensor, scaler=None)
+    return MetricLogger(config, accelerator, progress, ["one", "other"])
 
 
-def add_steps(run: Run, pixels: list[int]) -> None:
+def add_steps(logger: MetricLogger, pixels: list[int]) -> None:
     for count in pixels:
-        errors = torch.zeros(len(ERROR_SUMS))
-        errors[0] = count
-        run.step_sums.add_pass([0], torch.zeros(()), errors)
-        run.step_sums.end_step(torch.zeros(()), skipped=False)
-        run.progress.step += 1
+        bookkeeping = {"number": [0], "replaced": [""]}
+        logger.add_micro_batch(bookkeeping, torch.zeros(()), {"count": torch.tensor(float(count))})
+        logger.end_step(torch.zeros(()), skipped=False)
+        logger.progress.step += 1
 
 
-@pytest.mark.parametrize("look_every", [1, 30, 1000])
-def test_only_many_steps_in_a_row_stop_a_run(look_every):
-    """However often one looks; and over a checkpoint."""
-    some, none = [7], [0] * (MAX_STEPS_WITHOUT_TRUTH - 1)
-    run = fake_run(RunProgress(len(STEP_SUMS)))
-    for first in range(0, len(none + some + none), look_every):
-        add_steps(run, (none + some + none)[first : first + look_every])
-        run.look()
-    resumed = RunProgress(len(STEP_SUMS))
-    resumed.load_state_dict(run.progress.state_dict())
-    run = fake_run(resumed)
-    add_steps(run, [0])
-    with pytest.raises(NothingLearnedError, match=f"in {MAX_STEPS_WITHOUT_TRUTH} steps in a row.* of one, other with"):
-        run.look()
+@pytest.mark.parametrize("reduce_every", [1, 30, 1000])
+def test_only_many_steps_in_a_row_stop_a_run(reduce_every):
+    """However often metrics are reduced; and over a checkpoint."""
+    some, none = [7], [0] * (MAX_STEPS_WITHOUT_PIXELS - 1)
+    logger = make_logger(RunProgress())
+    for first in range(0, len(none + some + none), reduce_every):
+        add_steps(logger, (none + some + none)[first : first + reduce_every])
+        logger.reduce_metrics()
+    resumed = RunProgress()
+    resumed.load_state_dict(logger.progress.state_dict())
+    logger = make_logger(resumed)
+    add_steps(logger, [0])
+    message = f"in {MAX_STEPS_WITHOUT_PIXELS} steps in a row.* of one, other with"
+    with pytest.raises(NothingLearnedError, match=message):
+        logger.reduce_metrics()
 
 
 def test_a_short_run_stops_where_no_step_had_a_pixel():
-    run = fake_run(RunProgress(len(STEP_SUMS)), max_train_steps=3)
-    add_steps(run, [0, 5, 0])
-    run.look()
-    run = fake_run(RunProgress(len(STEP_SUMS)), max_train_steps=3)
-    add_steps(run, [0, 0, 0])
+    logger = make_logger(RunProgress(), max_train_steps=3)
+    add_steps(logger, [0, 5, 0])
+    logger.reduce_metrics()
+    logger = make_logger(RunProgress(), max_train_steps=3)
+    add_steps(logger, [0, 0, 0])
     with pytest.raises(NothingLearnedError, match="in 3 steps"):
-        run.look()
+        logger.reduce_metrics()
 
 
 def test_the_first_pairs_of_each_source_are_checked(tmp_path):
     def warnings(values: list[float], max_flow: float = 400.0) -> list[str]:
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         rows = load_source("pairs", make_pairs(folder, values))
-        return describe_missing_truth(TrainingPairs([MixSource("mine", rows, 1, None)], 0), max_flow)
+        return describe_missing_ground_truth(TrainingPairs([MixSource("mine", rows, 1, None)], 0), max_flow)
 
     (line,) = warnings([math.nan] * (CHECKED_PAIRS + 2))
     assert line.startswith(f"mine: no pixel of its first {CHECKED_PAIRS} pair(s) (p0, p1, p2") and "p8" not in line
@@ -168,10 +161,10 @@ def test_pairs_that_cannot_be_read_are_not_called_unknown(tmp_path):
     pairs = make_pairs(tmp_path / "pairs", [math.nan, math.nan])
     rows = load_source("pairs", pairs)
     (pairs / "p0_img1.png").write_bytes(b"no picture")
-    (line,) = describe_missing_truth(TrainingPairs([MixSource("mine", rows, 1, None)], 0), 400.0)
+    (line,) = describe_missing_ground_truth(TrainingPairs([MixSource("mine", rows, 1, None)], 0), 400.0)
     assert "its first 1 pair(s) (p1)" in line
     (pairs / "p1_flow.flo").write_bytes(b"no flow")
-    assert describe_missing_truth(TrainingPairs([MixSource("mine", rows, 1, None)], 0), 400.0) == []
+    assert describe_missing_ground_truth(TrainingPairs([MixSource("mine", rows, 1, None)], 0), 400.0) == []
 
 
 def test_the_evaluation_of_weights_that_diverged_says_so(tmp_path, capsys):

@@ -213,7 +213,7 @@ def test_the_first_step_of_a_training(tmp_path):
     )
     for flag in ("--per_device_train_batch_size", "--gradient_checkpointing", "--mixed_precision bf16", "--crop_size"):
         assert flag in line
-    assert "No step is saved yet" in line and "Go on with:  accelerate launch" in result.stderr
+    assert "No step is saved yet" in line and "Resume with:  accelerate launch" in result.stderr
 
 
 SETTINGS = {"checkpointing_steps": "2", "max_train_steps": "6"}
@@ -262,7 +262,7 @@ def test_a_later_step_of_a_training(whole, place, function, allocation, at_call,
     result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **places)
     line = error_line(result)
     assert "out of memory" in line and said in line and f"Step {saved} is saved." in line
-    assert "--gradient_checkpointing" not in line and "Go on with:" in result.stderr
+    assert "--gradient_checkpointing" not in line and "Resume with:" in result.stderr
 
     resumed = train(tmp_path / "run", "--gradient_checkpointing", "--resume_from_checkpoint", "auto", **settings)
     assert resumed.returncode == 0, resumed.stderr

@@ -105,11 +105,11 @@ def test_a_torn_last_line_is_ignored(tmp_path):
     ("content", "message"),
     [
         (None, "no such log: .*run/train_log.jsonl"),
-        (b"", "run/train_log.jsonl holds no whole line"),
-        (b'{"step": 1, "lo', "run/train_log.jsonl holds no whole line"),
-        (b"[1, 2]\n", "run/train_log.jsonl holds no whole line"),
-        (b'{"loss": 1}\n', "run/train_log.jsonl holds no whole line"),
-        (b"\xff\xd8\xff\xe0", "run/train_log.jsonl holds no whole line"),
+        (b"", "run/train_log.jsonl holds no complete line"),
+        (b'{"step": 1, "lo', "run/train_log.jsonl holds no complete line"),
+        (b"[1, 2]\n", "run/train_log.jsonl holds no complete line"),
+        (b'{"loss": 1}\n', "run/train_log.jsonl holds no complete line"),
+        (b"\xff\xd8\xff\xe0", "run/train_log.jsonl holds no complete line"),
     ],
 )
 def test_a_log_that_cannot_be_drawn_is_named(content, message, tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.features import FlowSample
-from flow_data.sampling import MixSource, RunSampler, TrainingPairs, collate, use_one_thread
+from flow_data.sampling import MixSource, RunSampler, SampleError, TrainingPairs, use_one_thread
 
 
 class Rows:
@@ -182,12 +182,13 @@ def test_a_bad_pair_is_told_or_replaced_the_same_everywhere():
     def pairs(skip_bad: bool) -> TrainingPairs:
         return TrainingPairs([MixSource("a", Spoilt(4, 0), 1, unchanged)], seed=3, skip_bad=skip_bad)
 
-    assert pairs(False)[(5, 1)] == {"error": "a: row 1 is bad"}
+    with pytest.raises(SampleError, match="^a: row 1 is bad$"):
+        pairs(False)[(5, 1)]
     assert pairs(False)[(5, 2)]["replaced"] == ""
     sample, again = pairs(True)[(5, 1)], pairs(True)[(5, 1)]
     assert sample["replaced"] == "a: row 1 is bad" and sample["id"] == again["id"] != "a/1"
     assert len({pairs(True)[(number, 1)]["id"] for number in range(40)}) == 3  # not always the same neighbour
-    good, bad = pairs(True)[(5, 2)], pairs(False)[(6, 1)]
-    assert collate([good, bad]) == {"error": ["a: row 1 is bad"]}
-    batch = collate([good, sample])
-    assert batch["number"] == [5, 5] and batch["pixel_values"].shape == (2, 2, 3, 8, 16)
+    only_bad = TrainingPairs([MixSource("b", [None], 1, unchanged)], seed=3, skip_bad=True)
+    only_bad._load = lambda number, position: Spoilt(4, 0)[1]
+    with pytest.raises(SampleError, match="^b: row 1 is bad; 100 others that were tried cannot be read either"):
+        only_bad[(5, 0)]

@@ -176,7 +176,7 @@ def test_bf16_trains_and_is_not_float32(finished_run, tmp_path):
         ({"config_overrides": "{feature_dim: abc}"}, ["config_overrides", "feature_dim"]),
         ({"config_overrides": None, "model_name_or_path": "outputs/nowhere"}, ["outputs/nowhere is no folder"]),
         ({"synthetic_textures": "no_pictures_here"}, ["no_pictures_here"]),
-        ({"report_to": "tensorbord"}, ["no tracker tensorbord; did you mean tensorboard?"]),
+        ({"report_to": "tensorbord"}, ["got tensorbord; did you mean tensorboard?"]),
     ],
 )
 def test_mistakes_stop_the_run_before_it_starts(settings, messages, tmp_path):

@@ -1,4 +1,4 @@
-"""Stopping when a job scheduler, or a person, says so: after the current step, on all processes at once."""
+"""SIGTERM and Ctrl-C: a run ends after the current step, on all processes at once, instead of in the middle of it."""
 
 import ctypes
 import os
@@ -15,34 +15,43 @@ import torch.distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # prctl(2)
-PATIENCE = 2.0  # seconds after a signal, in which a second one is no second thought
+TIMEOUT = 2.0  # seconds after a signal in which others count as repetitions of it
 
 
-def outlive_no_launcher() -> None:
-    """Take the death of `accelerate launch` for a SIGTERM: started for one process, it does not pass signals on.
+def terminate_with_launcher() -> None:
+    """Receive a SIGTERM when `accelerate launch` dies, which for one process does not forward signals.
 
-    Only on Linux, and only below that launcher: what started the run otherwise, a shell say, may end before it.
+    This works on Linux, and is done only below that launcher: a shell, for example, may end before the run does.
     """
     if sys.platform != "linux":
         return
     try:
-        words = psutil.Process(os.getppid()).cmdline()
+        argv = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return
-    if any("accelerate" in word for word in words) and any("launch" in word for word in words):
-        _ask_for_signal_at_parents_death(signal.SIGTERM)
+    if any("accelerate" in word for word in argv) and any("launch" in word for word in argv):
+        _request_signal_at_parent_death(signal.SIGTERM)
 
 
-def _ask_for_signal_at_parents_death(number: int) -> None:
+def _request_signal_at_parent_death(number: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-class StopRequest:
-    """Remembers a SIGTERM or SIGINT that comes while it is entered.
+class TrainingInterrupted(Exception):
+    """A signal has ended the run before its last step; a checkpoint is saved."""
 
-    Only a second Ctrl-C, some seconds later, ends the process at once. Everything else that comes is the first signal
-    once more: a terminal and a scheduler tell all processes, launchers tell theirs again, and their death is told too.
+    def __init__(self, received: signal.Signals):
+        super().__init__(received.name)
+        self.signal = received
+
+
+class StopRequest:
+    """A context manager that records a SIGTERM or SIGINT instead of ending the process.
+
+    Only a second Ctrl-C, `TIMEOUT` seconds later, ends the process at once. All other signals count as repetitions of
+    the first: terminals and schedulers signal all processes, launchers forward the signal, and a launcher's death is
+    a signal too.
     """
 
     def __init__(self) -> None:
@@ -53,9 +62,11 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._record) for number in SIGNALS}
         if torch.distributed.is_initialized() and torch.distributed.get_backend() != "gloo":
-            self._group = torch.distributed.new_group(backend="gloo")  # asking each other must not wait for a GPU
+            self._group = torch.distributed.new_group(
+                backend="gloo"
+            )  # communication about signals must not wait for a GPU
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -63,21 +74,21 @@ class StopRequest:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._received = signal.Signals(number), time.monotonic()
-            _ask_for_signal_at_parents_death(0)
+            _request_signal_at_parent_death(0)
             print(
                 f"\n{self.signal.name}: saving a checkpoint after this step; Ctrl-C once more, some seconds from now, "
                 "stops at once",
                 file=sys.stderr,
             )
-        elif number == signal.SIGINT and time.monotonic() - self._received > PATIENCE:
+        elif number == signal.SIGINT and time.monotonic() - self._received > TIMEOUT:
             signal.signal(number, self._previous[signal.SIGINT])
             signal.raise_signal(number)
 
-    def agreed(self) -> signal.Signals | None:
-        """The signal that any process has received; called by all of them, once a step."""
+    def stop_requested(self) -> signal.Signals | None:
+        """The signal that any process has received, the same on all; all processes must call it equally often."""
         number = 0 if self.signal is None else int(self.signal)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             received = torch.tensor([number])

@@ -1,4 +1,4 @@
-"""What happens to a run when something happens to the machine, the data, or the person: nothing is lost."""
+"""Kills, signals, full disks, damaged data and changed settings: a run loses nothing, and says what happened."""
 
 import errno
 import os
@@ -20,10 +20,10 @@ from tiny_run import PROJECT, command, environment, figures, start, train
 from flow_data.flow_io import write_flow
 from flow_data.sampling import RunSampler
 from flow_training.checkpoints import find_checkpoint
+from flow_training.ops.lock import RunLock
+from flow_training.ops.signals import StopRequest
 from flow_training.optimization import make_schedule
-from flow_training.run_dir import RunLock
 from flow_training.run_log import read_log
-from flow_training.stopping import StopRequest
 from modeling_raft import RaftForOpticalFlow
 
 pytestmark = pytest.mark.slow
@@ -164,7 +164,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"cannot write {output_dir}/checkpoint-4" in result.stderr
-    assert f"the last good one is {output_dir}/checkpoint-2" in result.stderr and "Go on with:" in result.stderr
+    assert f"the last good one is {output_dir}/checkpoint-2" in result.stderr and "Resume with:" in result.stderr
     assert before == {path.name: path.read_bytes() for path in (output_dir / "checkpoint-2").iterdir()}
     assert not list(output_dir.glob("unfinished*")) and not (output_dir / "checkpoint-4").exists()
 
@@ -176,7 +176,7 @@ def test_a_full_disk_at_the_end_loses_no_step(tmp_path):
     result = subprocess.run(
         words, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
     )
-    assert result.returncode == 1 and "Traceback" not in result.stderr and "Go on with:" in result.stderr
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "Resume with:" in result.stderr
     assert not (output_dir / "model.safetensors").exists()
 
 
@@ -213,7 +213,7 @@ def test_a_run_of_two_processes_keeps_others_out_and_names_what_only_one_knows(t
         RunLock(tmp_path / "run")
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and "train_flow.py: error:" in errors and str(bad) in errors, errors
-    assert "another process of this run has ended" in errors and "Go on with:" in errors
+    assert "another process of this run has ended" in errors and "Resume with:" in errors
 
 
 def test_the_death_of_a_launcher_is_a_signal(tmp_path):
@@ -250,12 +250,12 @@ def test_a_signal_to_all_processes_comes_more_than_once_and_saves(tmp_path, proc
 
 def test_a_second_ctrl_c_stops_at_once_and_other_repeats_do_not(monkeypatch, default_signals):
     clock = [100.0]
-    monkeypatch.setattr("flow_training.stopping.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("flow_training.ops.signals.time.monotonic", lambda: clock[0])
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
-        assert stop.agreed() is None
+        assert stop.stop_requested() is None
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
-        assert stop.agreed() == signal.SIGINT
+        assert stop.stop_requested() == signal.SIGINT
         clock[0] += 10
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -284,14 +284,14 @@ def test_a_run_that_saved_nothing_goes_on_from_where_it_came(whole, tmp_path):
 HOLDER = """
 import errno, os, sys, time
 from pathlib import Path
-from flow_training import run_dir
+from flow_training.ops import lock as module
 
 def has_no_locks(descriptor, blocking):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 if sys.argv[2] == "no locks":
-    run_dir.lock_descriptor = has_no_locks
-lock = run_dir.RunLock(Path(sys.argv[1]))
+    module.lock_descriptor = has_no_locks
+lock = module.RunLock(Path(sys.argv[1]))
 if os.fork() == 0:  # as a DataLoader forks its workers
     time.sleep(60)
     os._exit(0)
@@ -309,7 +309,7 @@ def has_no_locks(descriptor: int, blocking: bool) -> bool:
 def test_a_lock_dies_with_its_process_not_with_its_children(file_system, tmp_path, monkeypatch):
     """However it is killed, and also where the file system has no locks; a worker that outlives it keeps nothing."""
     if file_system == "no locks":
-        monkeypatch.setattr("flow_training.run_dir.lock_descriptor", has_no_locks)
+        monkeypatch.setattr("flow_training.ops.lock.lock_descriptor", has_no_locks)
     words = [sys.executable, "-c", HOLDER, str(tmp_path), file_system]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=PROJECT, start_new_session=True)
     assert process.stdout.readline() == "locked\n"
@@ -328,7 +328,7 @@ def test_a_lock_dies_with_its_process_not_with_its_children(file_system, tmp_pat
 @pytest.mark.parametrize("file_system", ["locks", "no locks"])
 def test_a_lock_excludes_and_lets_in_and_leaves_nothing(file_system, tmp_path, monkeypatch, caplog):
     if file_system == "no locks":
-        monkeypatch.setattr("flow_training.run_dir.lock_descriptor", has_no_locks)
+        monkeypatch.setattr("flow_training.ops.lock.lock_descriptor", has_no_locks)
     folder = tmp_path / "runs" / "one"
     lock = RunLock(folder)
     with pytest.raises(ValueError, match=f"process {os.getpid()} on"):  # in one process, too
@@ -339,7 +339,7 @@ def test_a_lock_excludes_and_lets_in_and_leaves_nothing(file_system, tmp_path, m
     with pytest.raises(ValueError, match="another run writes into"):
         RunLock(folder)
     second.close()
-    RunLock(tmp_path / "new").leave_no_trace()
+    RunLock(tmp_path / "new").release_and_cleanup()
     assert not (tmp_path / "new").exists() and {path.name for path in folder.iterdir()} == {".lock"}
     assert ("has no locks" in caplog.text) == (file_system == "no locks")
 
@@ -348,7 +348,7 @@ def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
     def fail(descriptor, blocking):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("flow_training.run_dir.lock_descriptor", fail)
+    monkeypatch.setattr("flow_training.ops.lock.lock_descriptor", fail)
     with pytest.raises(OSError, match="cannot lock .*Input/output error"):
         RunLock(tmp_path)
 
@@ -403,7 +403,7 @@ def test_a_worker_that_dies_is_said(tmp_path):
         worker.kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "a process that prepares pairs died" in errors, errors
-    assert "--dataloader_num_workers" in errors and "Go on with:" in errors
+    assert "--dataloader_num_workers" in errors and "Resume with:" in errors
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_pairs(tmp_path):

@@ -1,6 +1,6 @@
-"""The uploads of a run while it trains and at its end: one at a time, each a process of its own.
+"""Uploads of a run, while it trains and at its end: one at a time, each in a process of its own.
 
-A process takes no time from the training, and ends when it is told to, whatever it is waiting for.
+A process takes no time from the training, and can be killed whatever it is waiting for.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from typing import Any
 from flow_training import hub
 from flow_training.checkpoints import UNFINISHED
 
-PATIENCE = 120.0  # seconds that the end of a run waits for the upload of a step before it
+TIMEOUT = 120.0  # seconds that the end of a run waits for an upload in the background
 
 
 class Uploads:
@@ -29,30 +29,32 @@ class Uploads:
             `flow_training.checkpoints.remove_unfinished` knows.
         repo_id: An existing repository, user/name.
         token: None is the one that is logged in.
-        say: Shows a line; it is also called from another thread.
+        report: Prints a line; it is also called from another thread.
     """
 
-    def __init__(self, output_dir: Path, repo_id: str, token: str | None, say: Callable[[str], Any]):
+    def __init__(self, output_dir: Path, repo_id: str, token: str | None, report: Callable[[str], Any]):
         self.output_dir, self.repo_id = output_dir, repo_id
-        self._token, self._say = token, say
+        self._token, self._report = token, report
         self._step = 0  # of the last upload in the background
         self._process: subprocess.Popen | None = None
         self._watcher: threading.Thread | None = None
-        self._given_up = False
-        atexit.register(self.give_up)  # however the run ends, it does not wait for an upload in the background
+        self._canceled = False
+        atexit.register(self.cancel)  # however the run ends, it does not wait for an upload in the background
 
     def start(self, step: int, description: str, write: Callable[[Path], None]) -> None:
-        """Begin to upload a step in the background, unless that of another one is still under way.
+        """Start to upload a step in the background, unless the upload of another one is still running.
 
-        What fails, now or later, is said in a line, and is no error: the next step that is uploaded replaces it.
+        A failure, now or later, is reported in a line and raises nothing: the next upload replaces this one.
 
         Args:
             step: Of the run.
             description: Of this state, for the history of the repository.
-            write: Writes what is published into a folder, which is made by it.
+            write: Creates a folder and writes into it what is published.
         """
         if self._watcher is not None and self._watcher.is_alive():
-            self._say(f"step {step} is not uploaded: the upload of step {self._step} to {self.repo_id} still goes on")
+            self._report(
+                f"step {step} is not uploaded: the upload of step {self._step} to {self.repo_id} is still running"
+            )
             return
         folder = self.output_dir / f"{UNFINISHED}checkpoint-{step}-upload"
         try:
@@ -62,9 +64,9 @@ class Uploads:
             )
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            self._say(f"step {step} is not uploaded, training goes on: {error}")
+            self._report(f"step {step} is not uploaded, training continues: {error}")
             return
-        self._step, self._given_up = step, False
+        self._step, self._canceled = step, False
         self._watcher = threading.Thread(target=self._watch, args=[self._process, step, folder], daemon=True)
         self._watcher.start()
 
@@ -72,38 +74,38 @@ class Uploads:
         errors = process.communicate()[1]
         shutil.rmtree(folder, ignore_errors=True)
         if process.returncode == 0:
-            self._say(f"step {step} is uploaded to {self.repo_id}")
-        elif not self._given_up:
+            self._report(f"step {step} is uploaded to {self.repo_id}")
+        elif not self._canceled:
             lines = [line for line in errors.splitlines() if line.startswith(f"{hub.PROG}: error: ")]
             reason = lines[-1].partition("error: ")[2] if lines else f"its process ended with {process.returncode}"
-            self._say(f"step {step} is not uploaded to {self.repo_id}, training goes on: {reason}")
+            self._report(f"step {step} is not uploaded to {self.repo_id}, training continues: {reason}")
 
-    def give_up(self) -> None:
-        """End the upload in the background, if there is any."""
+    def cancel(self) -> None:
+        """Cancel the upload in the background, if one is running."""
         if self._process is None or self._watcher is None or not self._watcher.is_alive():
             return
-        self._given_up = True
+        self._canceled = True
         self._process.kill()
         self._watcher.join()
-        self._say(f"the upload of step {self._step} to {self.repo_id} was ended before it was through")
+        self._report(f"the upload of step {self._step} to {self.repo_id} was canceled")
 
     def push_final(self) -> str | None:
-        """Upload the finished run, after what is under way in the background.
+        """Upload the finished run, after the upload in the background.
 
         SIGTERM and Ctrl-C end the upload, and not the process. Call it from the main thread.
 
         Returns:
-            None, or in words why it failed; details have been printed.
+            None, or the reason why it failed; details have been printed.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupt)
         process = None
         try:
             if self._watcher is not None and self._watcher.is_alive():
-                self._say(f"waiting for the upload of step {self._step}, at most {PATIENCE:.0f} seconds")
-                self._watcher.join(PATIENCE)
-                self.give_up()
-            self._say(f"pushing to {self.repo_id}")
+                self._report(f"waiting for the upload of step {self._step}, at most {TIMEOUT:.0f} seconds")
+                self._watcher.join(TIMEOUT)
+                self.cancel()
+            self._report(f"pushing to {self.repo_id}")
             sys.stdout.flush()
             process = self._push(self.output_dir)
             return None if process.wait() == 0 else "failed, see above"
@@ -117,16 +119,16 @@ class Uploads:
                 process.wait()
 
     def _push(self, folder: Path, *options: str, **streams: Any) -> subprocess.Popen:
-        """Start the process. It has a session of its own: Ctrl-C is this one's to receive."""
-        packages = str(Path(hub.__file__).resolve().parents[1])  # also where this is no installation
+        """Start the process that uploads. It has a session of its own, so that Ctrl-C reaches this process only."""
+        packages = str(Path(hub.__file__).resolve().parents[1])  # also where the project is not installed
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([packages, *_set("PYTHONPATH")])}
         if self._token is not None:
             environment["HF_TOKEN"] = self._token  # on a command line, everyone on the machine could read it
         if streams:
             environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        words = ["push", str(folder.resolve()), self.repo_id, "--end_with", str(os.getpid()), *options]
+        argv = ["push", str(folder.resolve()), self.repo_id, "--end_with", str(os.getpid()), *options]
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", hub.PROG, *words],
+            [sys.executable, "-P", "-m", hub.PROG, *argv],
             env=environment,
             stdin=subprocess.DEVNULL,
             text=True,
@@ -140,6 +142,6 @@ def _set(name: str) -> list[str]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    for repeat in (signal.SIGTERM, signal.SIGINT):  # a terminal, a scheduler and a launcher all tell
+    for repeat in (signal.SIGTERM, signal.SIGINT):  # a terminal, a scheduler and a launcher all send one
         signal.signal(repeat, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,0 +1,83 @@
+"""Commands that start training processes through a launcher, and receive the signals that are sent to this process."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class SignalForwarder:
+    """A context manager that runs commands, and forwards a signal to stop to the training processes of a command.
+
+    The command has a session of its own. Otherwise Ctrl-C would also end the launcher, and the workers that a training
+    process needs to finish its step.
+
+    Args:
+        program: The script that the launcher runs, by which training processes are recognized.
+        prog: Name of this program, for messages.
+    """
+
+    def __init__(self, program: Path, prog: str) -> None:
+        self.program, self.prog = program, prog
+        self.signal: signal.Signals | None = None  # the last one that was received
+        self._launcher: subprocess.Popen | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "SignalForwarder":
+        ignored = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]  # nohup
+        self._previous = {
+            number: signal.signal(number, self._receive) for number in STOP_SIGNALS if number not in ignored
+        }
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run(self, command: list[str]) -> int:
+        """Run a command, and wait until all its processes have ended.
+
+        Returns:
+            Its exit code, 128 + N after signal N.
+        """
+        # Every process of the command has the reading end as its standard input, so the writing end shows when none
+        # is left.
+        reader, writer = os.pipe()
+        try:
+            self._launcher = subprocess.Popen(command, stdin=reader, start_new_session=True)
+            os.close(reader)
+            if self.signal is not None:  # it was received while the launcher was being started
+                self._forward()
+            code = self._launcher.wait()
+            readers = select.poll()
+            readers.register(writer, 0)  # errors, that is the end of all readers, are always reported
+            readers.poll()
+        finally:
+            self._launcher = None
+            os.close(writer)
+        return code if code >= 0 else 128 - code
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        print(f"\n{self.prog}: {self.signal.name}: no further stage; stopping the running one", file=sys.stderr)
+        self._forward()
+
+    def _forward(self) -> None:
+        """Send SIGTERM to the training processes, and not to their launcher: it would die, or kill them too soon."""
+        if self._launcher is None:
+            return
+        try:
+            children = psutil.Process(self._launcher.pid).children()
+            trainers = [child for child in children if str(self.program) in child.cmdline()]
+            for process in trainers or [self._launcher]:
+                process.terminate()
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            pass  # it has just ended
