@@ -41,7 +41,7 @@ def test_what_is_no_checkpoint_is_an_error(tmp_path):
         find_checkpoint(str(tmp_path), tmp_path)
 
 
-def test_checkpoints_of_an_abandoned_course_are_not_the_latest(tmp_path):
+def test_archived_checkpoints_are_not_the_latest(tmp_path):
     for step in (2, 4, 6):
         make_checkpoint(tmp_path / f"checkpoint-{step}")
     archive_later_checkpoints(tmp_path, 4)
@@ -62,7 +62,7 @@ def test_log_has_each_step_once_after_a_resume(tmp_path):
     assert first == {"step": 2, "loss": 2 / 3}  # unrounded
 
 
-def test_numbers_that_do_not_exist_are_null(tmp_path):
+def test_metrics_over_no_pixels_are_null(tmp_path):
     """Also those of a log that an older version has written."""
     (tmp_path / FILE_NAME).write_text('{"step": 1, "epe": NaN, "list": [Infinity, 1]}\n')
     RunLog(tmp_path, 1).write({"step": 2, "epe": float("nan"), "loss": -0.0})
@@ -70,7 +70,7 @@ def test_numbers_that_do_not_exist_are_null(tmp_path):
     assert lines == [{"step": 1, "epe": None, "list": [None, 1]}, {"step": 2, "epe": None, "loss": 0}]
 
 
-def test_a_damaged_line_costs_no_other(tmp_path):
+def test_damaged_lines_are_removed_and_others_kept(tmp_path):
     path = tmp_path / FILE_NAME
     path.write_bytes(b'{"step": 1, "loss": 1.0}\n\xff\x00{"st\n[3]\n{"step": 4, "loss": 4.0}\n{"loss": 5.0}\n')
     RunLog(tmp_path, 9).write({"step": 5, "loss": 5.0})

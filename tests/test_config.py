@@ -177,7 +177,7 @@ def test_what_is_written_down_is_the_same_run(tmp_path):
     assert again == dataclasses.replace(config, hub_token=None)
 
 
-def test_accumulation_follows_from_batch_and_processes():
+def test_batches_are_split_over_processes_and_passes():
     assert split_batch(6, None, 1) == (6, 1)
     assert split_batch(6, None, 2) == (3, 1)
     assert split_batch(12, 2, 3) == (2, 2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_run import TINY_RUN, environment, figures, train
+from tiny_run import TINY_RUN, environment, log_lines, train
 
 from flow_training import curriculum as module
 from flow_training.checkpoints import list_checkpoints
@@ -41,8 +41,8 @@ def write_tiny(folder: Path, second: dict | None = None, **keys: object) -> Path
     """A curriculum of two tiny stages, of three steps and of `SECOND_STEPS`."""
     settings = {}
     for key, text in TINY_RUN.items():
-        words = [yaml.safe_load(word) for word in ([text] if text.startswith("{") else text.split())]
-        settings[key] = words if len(words) > 1 else words[0]
+        argv = [yaml.safe_load(word) for word in ([text] if text.startswith("{") else text.split())]
+        settings[key] = argv if len(argv) > 1 else argv[0]
     own = {"model_size": settings.pop("model_size"), "config_overrides": settings.pop("config_overrides")}
     config = write_yaml(folder / "tiny.yaml", {"output_dir": str(folder / "unused"), **settings})
     content = {
@@ -61,9 +61,9 @@ def write_tiny(folder: Path, second: dict | None = None, **keys: object) -> Path
     return write_yaml(folder / "curriculum.yaml", content | keys)
 
 
-def start(path: Path, *words: str, output: Path) -> subprocess.Popen:
+def start(path: Path, *argv: str, output: Path) -> subprocess.Popen:
     """Start the command; it writes to a file, as no one reads a pipe while it runs."""
-    command = [sys.executable, "-m", "flow_training.curriculum", str(path), *words]
+    command = [sys.executable, "-m", "flow_training.curriculum", str(path), *argv]
     with output.open("w") as file:
         return subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=PROJECT, start_new_session=True
@@ -80,10 +80,10 @@ def no_leftovers():
                 child.kill()
 
 
-def run(path: Path, *words: str) -> tuple[int, str]:
+def run(path: Path, *argv: str) -> tuple[int, str]:
     """Exit code and output of the command."""
     output = path.with_suffix(".out")
-    code = start(path, *words, output=output).wait(timeout=600)
+    code = start(path, *argv, output=output).wait(timeout=600)
     return code, output.read_text()
 
 
@@ -147,12 +147,12 @@ def test_a_stage_starts_from_the_weights_of_the_one_before(finished, tmp_path):
         config_overrides=None,
     )
     assert by_hand.returncode == 0, by_hand.stderr
-    assert figures(finished / "outputs" / "second") == figures(tmp_path / "by_hand")
+    assert log_lines(finished / "outputs" / "second") == log_lines(tmp_path / "by_hand")
     assert_same_weights(finished / "outputs" / "second", tmp_path / "by_hand")
-    losses = [line["loss"] for line in figures(finished / "outputs" / "second")]
+    losses = [line["loss"] for line in log_lines(finished / "outputs" / "second")]
     from_scratch = train(tmp_path / "scratch", "--freeze_batch_norm", seed="7", max_train_steps="1")
     assert from_scratch.returncode == 0, from_scratch.stderr
-    assert losses[0] != figures(tmp_path / "scratch")[0]["loss"]
+    assert losses[0] != log_lines(tmp_path / "scratch")[0]["loss"]
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_what_is_done_is_not_trained_again(finished):
 
 
 @pytest.mark.slow
-def test_killed_in_the_second_stage_it_goes_on_there(second_to_do, finished):
+def test_a_kill_in_the_second_stage_is_resumed_there(second_to_do, finished):
     outputs = second_to_do.parent / "outputs"
     before = {path: path.stat().st_mtime_ns for path in (outputs / "first").rglob("*")}
     process = start(second_to_do, output=second_to_do.with_suffix(".out"))
@@ -173,9 +173,9 @@ def test_killed_in_the_second_stage_it_goes_on_there(second_to_do, finished):
     (trainer,) = trainers(process)
     trainer.kill()
     assert process.wait(timeout=60) != 0
-    said = second_to_do.with_suffix(".out").read_text()
-    assert f"stage second failed with exit code {process.returncode}" in said
-    assert f"resume with:  python -m flow_training.curriculum {second_to_do}" in said
+    printed = second_to_do.with_suffix(".out").read_text()
+    assert f"stage second failed with exit code {process.returncode}" in printed
+    assert f"resume with:  python -m flow_training.curriculum {second_to_do}" in printed
     last = int(list_checkpoints(outputs / "second")[-1].name.rpartition("-")[2])
     assert last < SECOND_STEPS
 
@@ -184,7 +184,7 @@ def test_killed_in_the_second_stage_it_goes_on_there(second_to_do, finished):
     assert "stage 1, first: done" in output
     assert f"stage 2 of 2, second: in progress, from step {last}" in output
     assert before == {path: path.stat().st_mtime_ns for path in (outputs / "first").rglob("*")}
-    assert figures(outputs / "second") == figures(finished / "outputs" / "second")
+    assert log_lines(outputs / "second") == log_lines(finished / "outputs" / "second")
     assert_same_weights(outputs / "second", finished / "outputs" / "second")
 
 
@@ -197,7 +197,7 @@ def test_killed_before_the_first_checkpoint_a_stage_starts_anew(second_to_do, fi
     code, output = run(second_to_do)
     assert code == 0, output
     assert "second: in progress, without a checkpoint: from the start" in output
-    assert figures(outputs / "second") == figures(finished / "outputs" / "second")
+    assert log_lines(outputs / "second") == log_lines(finished / "outputs" / "second")
     assert_same_weights(outputs / "second", finished / "outputs" / "second")
 
 
@@ -217,9 +217,9 @@ def test_a_signal_stops_stage_and_curriculum(tmp_path):
     assert len(below) >= 2
     process.send_signal(signal.SIGTERM)
     code = process.wait(timeout=60)
-    said = (tmp_path / "out").read_text()
+    printed = (tmp_path / "out").read_text()
     assert code != 0
-    assert "stopped by SIGTERM in stage first; resume with:  python -m flow_training.curriculum" in said
+    assert "stopped by SIGTERM in stage first; resume with:  python -m flow_training.curriculum" in printed
     (checkpoint,) = list_checkpoints(tmp_path / "outputs" / "first")
     assert int(checkpoint.name.rpartition("-")[2]) == read_log(log)[-1]["step"]
     assert not (tmp_path / "outputs" / "second").exists()
@@ -272,21 +272,21 @@ def test_ending_without_an_error_is_not_enough(monkeypatch, tmp_path, capsys):
 def test_an_upload_that_fails_does_not_stop_the_stages_after_it(monkeypatch, tmp_path, capsys):
     path = stand_in(monkeypatch, tmp_path, FINISH + "sys.exit(3 if output_dir.name == 'first' else 0)")
     assert main([str(path), "--hub_token", "secret"]) != 0
-    said = capsys.readouterr().out
-    assert "stage first is trained, but ended with exit code" in said and "all stages are done" in said
+    printed = capsys.readouterr().out
+    assert "stage first is trained, but ended with exit code" in printed and "all stages are done" in printed
     assert (tmp_path / "outputs" / "second" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_a_token_is_not_shown(monkeypatch, tmp_path, capsys):
     path = stand_in(monkeypatch, tmp_path, "sys.exit(5)")
-    for words in (["--hub_token", "secret"], ["--hub_token=secret"]):
-        assert main([str(path), *words]) != 0
-        said = capsys.readouterr()
-        assert "secret" not in said.out + said.err and "TOKEN" in said.out
+    for argv in (["--hub_token", "secret"], ["--hub_token=secret"]):
+        assert main([str(path), *argv]) != 0
+        printed = capsys.readouterr()
+        assert "secret" not in printed.out + printed.err and "TOKEN" in printed.out
 
 
-def test_it_ends_only_when_the_training_has(tmp_path):
+def test_a_command_ends_after_all_its_processes(tmp_path):
     """A launcher may be killed alone; a second run must not begin beside the first."""
     script = tmp_path / "launcher.py"
     script.write_text(
@@ -314,9 +314,9 @@ def test_before_the_training_a_signal_ends_the_launcher(default_signals, number)
 # The plan
 
 
-def plan(capsys, *words: str) -> dict[str, list[str]]:
+def plan(capsys, *argv: str) -> dict[str, list[str]]:
     """Cells of the printed table, by stage."""
-    assert main([*words, "--dry_run"]) == 0
+    assert main([*argv, "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     table = lines[: lines.index("")]
     return {
@@ -402,14 +402,14 @@ def test_plan_of_the_paper(monkeypatch, capsys, tmp_path):
     ],
 )
 def test_checkpoints_and_disk_in_closed_form(steps, every, limit, kept, at_once):
-    words = ["--output_dir", "x", "--train_mix", "{synthetic: 1}", "--max_train_steps", f"{steps}"]
-    words += ["--checkpointing_steps", f"{every}"] + (
+    argv = ["--output_dir", "x", "--train_mix", "{synthetic: 1}", "--max_train_steps", f"{steps}"]
+    argv += ["--checkpointing_steps", f"{every}"] + (
         [] if limit is None else ["--checkpoints_total_limit", f"{limit}"]
     )
-    config = parse_config(words)
+    config = parse_config(argv)
     assert kept_checkpoints(config) == kept
     assert disk_needed(config, weights=110, parameters=100) == 110 + at_once * 310
-    averaging = parse_config([*words, "--ema_decay", "0.9"])
+    averaging = parse_config([*argv, "--ema_decay", "0.9"])
     assert disk_needed(averaging, weights=110, parameters=100) == 110 + at_once * 420
 
 
@@ -475,15 +475,15 @@ def test_states(tmp_path):
     assert curriculum.states() == ["not needed", "done"] and curriculum.first_to_train() == 2
 
 
-def test_a_finished_stage_with_other_settings_is_pointed_out(tmp_path, capsys):
+def test_changed_settings_of_a_finished_stage_are_reported(tmp_path, capsys):
     path = write_tiny(tmp_path)
     make_run(tmp_path / "outputs" / "first", 3, seed=1234, logging_steps=50, mixed_precision="no")
     make_run(tmp_path / "outputs" / "second", SECOND_STEPS, seed=8)
     assert main([str(path)]) == 0
-    said = capsys.readouterr().out
-    assert "seed was 8, is 7 now" in said and f"remove {tmp_path}/outputs/second" in said
-    assert "logging_steps" not in said and "mixed_precision" not in said and "outputs/first;" not in said
-    assert said.count("it is not trained again") == 1
+    printed = capsys.readouterr().out
+    assert "seed was 8, is 7 now" in printed and f"remove {tmp_path}/outputs/second" in printed
+    assert "logging_steps" not in printed and "mixed_precision" not in printed and "outputs/first;" not in printed
+    assert printed.count("it is not trained again") == 1
 
 
 # What is refused
@@ -527,8 +527,12 @@ def test_mistakes_in_a_stage_are_named(tmp_path, capsys):
     path = write_tiny(tmp_path, second={"seed": -3})
     with pytest.raises(SystemExit):
         main([str(path)])
-    said = capsys.readouterr().err
-    assert "seed must be from 0 to 4294967295; got -3" in said and "settings of" in said and "stage 2, second" in said
+    printed = capsys.readouterr().err
+    assert (
+        "seed must be from 0 to 4294967295; got -3" in printed
+        and "settings of" in printed
+        and "stage 2, second" in printed
+    )
     with pytest.raises(SystemExit, match="no such file: .*nowhere.yaml"):
         main([str(tmp_path / "nowhere.yaml")])
     for name in ("--output_dir", "--resume_from_checkpoint=x"):

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_modeling_raft import tiny_config
-from tiny_run import figures, train
+from tiny_run import log_lines, train
 from torch import Tensor
 
 from flow_data.synthetic import SyntheticOptions, synthetic
@@ -54,7 +54,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def validated(output_dir: Path) -> list[dict[str, float]]:
-    return [line for line in figures(output_dir) if "validation/synthetic/epe" in line]
+    return [line for line in log_lines(output_dir) if "validation/synthetic/epe" in line]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_final_model_is_the_average_by_its_formula(runs):
 
 @pytest.mark.slow
 def test_the_training_is_the_same_without_it(runs):
-    lines = {name: [line for line in figures(runs / name) if "loss" in line] for name in ("with", "without")}
+    lines = {name: [line for line in log_lines(runs / name) if "loss" in line] for name in ("with", "without")}
     assert lines["with"] == lines["without"] and len(lines["with"]) == STEPS
     for step in range(1, STEPS + 1):
         assert_equal(*(weights_of(runs / f"{name}/checkpoint-{step}") for name in ("with", "without")))

@@ -1,4 +1,4 @@
-"""Protocols against the original's figures, and evaluate_flow.py from the outside."""
+"""Protocols against the original's metrics, and evaluate_flow.py from the outside."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def middlebury(tmp_path) -> Path:
     return tmp_path / "Middlebury"
 
 
-def test_report_and_picture(model_dir, middlebury, tmp_path, capsys):
+def test_report_and_image(model_dir, middlebury, tmp_path, capsys):
     output, picture = tmp_path / "reports" / "report.json", tmp_path / "reports" / "flow.png"
     evaluate_flow.main(
         f"--model {model_dir} --dataset middlebury --data_dir {middlebury} --num_flow_updates 2 "
@@ -170,7 +170,7 @@ def launch(*arguments: object) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_figures_are_those_of_the_written_flow(model_dir, sintel, tmp_path):
+def test_metrics_are_those_of_the_written_flow(model_dir, sintel, tmp_path):
     """Every figure again, in plain numpy, from files."""
     common = f"--model {model_dir} --dataset sintel_clean --data_dir {sintel} --num_flow_updates 2 --split training"
     run(common, f"--output {tmp_path / 'report.json'}")
@@ -208,7 +208,7 @@ def test_figures_are_those_of_the_written_flow(model_dir, sintel, tmp_path):
     assert [pair["fl_all"] for pair in report["per_pair"]] == pytest.approx([100 * each.mean() for each in outlier])
 
 
-def test_a_pair_without_known_flow_has_null_figures(model_dir, middlebury, tmp_path, capsys):
+def test_a_pair_without_known_flow_has_null_metrics(model_dir, middlebury, tmp_path, capsys):
     """JSON has no NaN; what a reader of another language could not read must not be written."""
     flow = middlebury / "other-gt-flow"
     arguments = f"--model {model_dir} --dataset middlebury --data_dir {middlebury} --num_flow_updates 1"
@@ -429,7 +429,7 @@ def test_mistakes_are_named(arguments, message, model_dir, capsys):
     assert message in capsys.readouterr().err + str(error.value)
 
 
-def test_a_split_without_truth_is_refused(model_dir, tmp_path):
+def test_a_split_without_ground_truth_is_refused(model_dir, tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "Sintel" / "test" / "clean" / "scene"
     folder.mkdir(parents=True)

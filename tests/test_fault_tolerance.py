@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import PROJECT, command, environment, figures, start, train
+from tiny_run import PROJECT, command, environment, log_lines, start, train
 
 from flow_data.flow_io import write_flow
 from flow_data.sampling import RunSampler
@@ -63,14 +63,14 @@ def wait_for_step(process: subprocess.Popen, output_dir: Path, step: int, second
 
 def assert_same_run(output_dir: Path, other: Path) -> None:
     """The same log, line by line, and the same weights, bit by bit: their average, and themselves."""
-    assert figures(output_dir) == figures(other)
+    assert log_lines(output_dir) == log_lines(other)
     for folder in (".", f"checkpoint-{STEPS}"):
         ours, theirs = (load_file(path / folder / "model.safetensors") for path in (output_dir, other))
         for name in theirs:
             assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(whole, tmp_path):
+def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(whole, tmp_path):
     """SIGKILL right after a step is logged, so also while a checkpoint is written; other workers each time."""
     output_dir = tmp_path / "run"
     for step, workers, pause in ((1, "1", 0.0), (4, "2", 0.02), (7, "0", 0.05), (10, "1", 0.0)):
@@ -88,7 +88,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(whole, tmp_pa
 @pytest.mark.parametrize(
     ("number", "to_group"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)]
 )
-def test_a_signal_saves_the_step_and_tells_how_to_go_on(whole, tmp_path, number, to_group):
+def test_a_signal_saves_the_step_and_prints_the_resume_command(whole, tmp_path, number, to_group):
     """As a scheduler sends it: to the process, or to it and its workers; after a step that is no checkpoint's."""
     output_dir = tmp_path / "run"
     process = start(output_dir, "--add_noise", "--hub_token", "hf_secret", **SETTINGS)
@@ -113,10 +113,10 @@ def test_a_signal_does_not_wait_for_a_validation_to_end(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "step 1 is saved" in errors, errors
-    assert [line["step"] for line in figures(output_dir)] == [1] and not (output_dir / "model.safetensors").exists()
+    assert [line["step"] for line in log_lines(output_dir)] == [1] and not (output_dir / "model.safetensors").exists()
     result = train(output_dir, *AUTO, **settings)
     assert result.returncode == 0, result.stderr
-    assert [("loss" in line, "validation/synthetic/epe" in line) for line in figures(output_dir)] == [
+    assert [("loss" in line, "validation/synthetic/epe" in line) for line in log_lines(output_dir)] == [
         (True, False),
         (False, True),
     ]
@@ -137,7 +137,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(whole, tmp_path):
     assert process.returncode != 0 and f"SIGTERM: step {last} is saved" in errors
     result = train(output_dir, *AUTO, processes=2, **settings)
     assert result.returncode == 0, result.stderr
-    losses = [[line["loss"] for line in figures(path) if "loss" in line] for path in (output_dir, whole)]
+    losses = [[line["loss"] for line in log_lines(path) if "loss" in line] for path in (output_dir, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)  # rounding grows from step to step
 
 
@@ -158,9 +158,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     before = {path.name: path.read_bytes() for path in (output_dir / "checkpoint-2").iterdir()}
     switches = ["--resume_from_checkpoint", "latest", "--allow_config_changes"]
     # no worker: what it hands over lies in files too, on another disk
-    words = command(output_dir, *switches, **SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"})
+    argv = command(output_dir, *switches, **SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"})
     result = subprocess.run(
-        words, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
+        argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"cannot write {output_dir}/checkpoint-4" in result.stderr
@@ -172,9 +172,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
 def test_a_full_disk_at_the_end_loses_no_step(tmp_path):
     output_dir = tmp_path / "run"
     settings = {"max_train_steps": "1", "checkpointing_steps": "5"}
-    words = command(output_dir, **settings)
+    argv = command(output_dir, **settings)
     result = subprocess.run(
-        words, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
+        argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
     )
     assert result.returncode == 1 and "Traceback" not in result.stderr and "Resume with:" in result.stderr
     assert not (output_dir / "model.safetensors").exists()
@@ -193,7 +193,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert third.returncode == 0, third.stderr
 
 
-def test_a_run_of_two_processes_keeps_others_out_and_names_what_only_one_knows(tmp_path):
+def test_two_processes_hold_one_lock_and_the_failing_one_names_the_file(tmp_path):
     """The lock is the first process's; the file that cannot be read, in its last step, is the second one's."""
     (tmp_path / "data").mkdir()
     names = [f"{index}.png" for index in range(400)]
@@ -227,16 +227,16 @@ def test_the_death_of_a_launcher_is_a_signal(tmp_path):
 
 def start_below_launcher(output_dir: Path, processes: int, **settings: str | None) -> subprocess.Popen:
     """Start a run as the README says, in a process group of its own."""
-    words = command(output_dir, processes=processes, **settings | {"validation_sets": None})
+    argv = command(output_dir, processes=processes, **settings | {"validation_sets": None})
     if processes == 1:
-        words[1:1] = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+        argv[1:1] = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     return subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, env=environment(), cwd=PROJECT, start_new_session=True
+        argv, stderr=subprocess.PIPE, text=True, env=environment(), cwd=PROJECT, start_new_session=True
     )
 
 
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])
-def test_a_signal_to_all_processes_comes_more_than_once_and_saves(tmp_path, processes, number):
+def test_repeated_signals_to_all_processes_save_the_step(tmp_path, processes, number):
     """Ctrl-C reaches the launcher, too, whose death is a SIGTERM to the trainer; that of several tells it again."""
     slow = {"max_train_steps": "1000", "num_flow_updates": "60", "checkpointing_steps": "1000"}
     process = start_below_launcher(tmp_path / "run", processes, **SETTINGS | slow)
@@ -248,7 +248,7 @@ def test_a_signal_to_all_processes_comes_more_than_once_and_saves(tmp_path, proc
     assert find_checkpoint("latest", tmp_path / "run").name == f"checkpoint-{last}"
 
 
-def test_a_second_ctrl_c_stops_at_once_and_other_repeats_do_not(monkeypatch, default_signals):
+def test_only_a_late_second_ctrl_c_stops_at_once(monkeypatch, default_signals):
     clock = [100.0]
     monkeypatch.setattr("flow_training.ops.signals.time.monotonic", lambda: clock[0])
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
@@ -261,21 +261,21 @@ def test_a_second_ctrl_c_stops_at_once_and_other_repeats_do_not(monkeypatch, def
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_that_saved_nothing_goes_on_from_where_it_came(whole, tmp_path):
+def test_a_run_that_saved_nothing_resumes_from_the_checkpoint_that_it_started_from(whole, tmp_path):
     """From a checkpoint of another folder, and the disk is full at its first own one; and full still at the resume."""
     output_dir = tmp_path / "run"
     settings = SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"}
     switches = ["--add_noise", "--resume_from_checkpoint", str(whole / "checkpoint-8")]
-    words = command(output_dir, *switches, **settings)
+    argv = command(output_dir, *switches, **settings)
     options = {"capture_output": True, "text": True, "env": environment(), "cwd": PROJECT}
-    result = subprocess.run(words, **options, preexec_fn=limit_files_to(60_000))
+    result = subprocess.run(argv, **options, preexec_fn=limit_files_to(60_000))
     assert result.returncode == 1 and "there is none before it" in result.stderr, result.stderr
     assert f"--resume_from_checkpoint {whole / 'checkpoint-8'}" in result.stderr
-    result = subprocess.run(words, **options, preexec_fn=limit_files_to(10))
+    result = subprocess.run(argv, **options, preexec_fn=limit_files_to(10))
     assert result.returncode == 1 and "Traceback" not in result.stderr and "cannot write" in result.stderr
-    result = subprocess.run(words, **options)
+    result = subprocess.run(argv, **options)
     assert result.returncode == 0, result.stderr
-    steps = [line["step"] for line in figures(output_dir)]
+    steps = [line["step"] for line in log_lines(output_dir)]
     assert steps == [9, 10, 11, 12]
     ours, theirs = (load_file(path / "model.safetensors") for path in (output_dir, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -292,9 +292,12 @@ def has_no_locks(descriptor, blocking):
 if sys.argv[2] == "no locks":
     module.lock_descriptor = has_no_locks
 lock = module.RunLock(Path(sys.argv[1]))
+reader, writer = os.pipe()
 if os.fork() == 0:  # as a DataLoader forks its workers
+    os.write(writer, b".")  # it runs, so what is closed after a fork is closed
     time.sleep(60)
     os._exit(0)
+os.read(reader, 1)
 print("locked", flush=True)
 time.sleep(60)
 """
@@ -306,12 +309,12 @@ def has_no_locks(descriptor: int, blocking: bool) -> bool:
 
 
 @pytest.mark.parametrize("file_system", ["locks", "no locks"])
-def test_a_lock_dies_with_its_process_not_with_its_children(file_system, tmp_path, monkeypatch):
+def test_a_lock_is_released_with_its_process_and_not_held_by_its_children(file_system, tmp_path, monkeypatch):
     """However it is killed, and also where the file system has no locks; a worker that outlives it keeps nothing."""
     if file_system == "no locks":
         monkeypatch.setattr("flow_training.ops.lock.lock_descriptor", has_no_locks)
-    words = [sys.executable, "-c", HOLDER, str(tmp_path), file_system]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=PROJECT, start_new_session=True)
+    argv = [sys.executable, "-c", HOLDER, str(tmp_path), file_system]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=PROJECT, start_new_session=True)
     assert process.stdout.readline() == "locked\n"
     (child,) = psutil.Process(process.pid).children()
     with pytest.raises(ValueError, match=rf"another run writes into {tmp_path} \(process {process.pid} on ") as error:
@@ -326,7 +329,7 @@ def test_a_lock_dies_with_its_process_not_with_its_children(file_system, tmp_pat
 
 
 @pytest.mark.parametrize("file_system", ["locks", "no locks"])
-def test_a_lock_excludes_and_lets_in_and_leaves_nothing(file_system, tmp_path, monkeypatch, caplog):
+def test_a_lock_excludes_others_until_it_is_released(file_system, tmp_path, monkeypatch, caplog):
     if file_system == "no locks":
         monkeypatch.setattr("flow_training.ops.lock.lock_descriptor", has_no_locks)
     folder = tmp_path / "runs" / "one"
@@ -344,7 +347,7 @@ def test_a_lock_excludes_and_lets_in_and_leaves_nothing(file_system, tmp_path, m
     assert ("has no locks" in caplog.text) == (file_system == "no locks")
 
 
-def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+def test_other_errors_of_locking_are_raised(tmp_path, monkeypatch):
     def fail(descriptor, blocking):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -376,7 +379,7 @@ def test_a_corrupt_image_is_named_or_replaced(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert str(bad) in result.stderr and "truncated" in result.stderr and "--skip_bad_samples" in result.stderr
 
-    done = len(figures(tmp_path / "stopped"))
+    done = len(log_lines(tmp_path / "stopped"))
     assert f"Step {done} is saved" in result.stderr and (tmp_path / "stopped" / f"checkpoint-{done}").is_dir()
 
     validated = {"validation_sets": "kitti_2015", "validation_steps": "1", "max_train_steps": "2"}
@@ -386,16 +389,16 @@ def test_a_corrupt_image_is_named_or_replaced(tmp_path):
 
     skipped = train(tmp_path / "skipped", "--skip_bad_samples", **settings)
     assert skipped.returncode == 0, skipped.stderr
-    assert figures(tmp_path / "skipped")[-1]["bad_samples"] == 3
+    assert log_lines(tmp_path / "skipped")[-1]["bad_samples"] == 3
     again = train(tmp_path / "again", "--skip_bad_samples", processes=2, **settings)
     assert again.returncode == 0, again.stderr
     for result in (skipped, again):
         assert (result.stderr + result.stdout).count(str(bad)) == 1  # three epochs, named once
-    ours, theirs = ([line["loss"] for line in figures(tmp_path / name)] for name in ("again", "skipped"))
+    ours, theirs = ([line["loss"] for line in log_lines(tmp_path / name)] for name in ("again", "skipped"))
     assert ours == pytest.approx(theirs, rel=0.02)  # the same pairs take its place
 
 
-def test_a_worker_that_dies_is_said(tmp_path):
+def test_a_dead_worker_is_reported(tmp_path):
     output_dir = tmp_path / "run"
     process = start(output_dir, **SETTINGS | {"max_train_steps": "1000", "validation_sets": None})
     wait_for_step(process, output_dir, 2)
@@ -446,4 +449,4 @@ def test_changed_settings_are_refused_by_name(whole, tmp_path):
     for _ in range(110):
         expected.append(schedule.get_last_lr()[0])
         schedule.step()
-    assert [line["learning_rate"] for line in figures(output_dir)][2:] == expected[2:]
+    assert [line["learning_rate"] for line in log_lines(output_dir)][2:] == expected[2:]

@@ -88,7 +88,7 @@ def test_card_of_a_run_that_measured_nothing_claims_nothing(tmp_path):
     assert f'from_pretrained("{tmp_path / "run"}"' in card
 
 
-def test_a_figure_of_no_pixel_is_no_result(tmp_path):
+def test_a_metric_over_no_pixel_is_no_result(tmp_path):
     reports = {"kitti_2015": REPORT | {"metrics": REPORT["metrics"] | {"fl_all": math.nan}}}
     card = write(tmp_path / "run", reports=reports)
     assert "| 1.500 | 2.500 | - | 13.000 |" in card
@@ -158,7 +158,7 @@ def test_run_config_is_yaml(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flow", "optical-flow", "pt"])
-def test_a_folder_that_is_named_like_a_word_of_the_code_spoils_no_card(tmp_path, monkeypatch, name):
+def test_a_folder_named_like_a_word_of_the_code_keeps_the_card_valid(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     before = write(Path(name))
     cards = []

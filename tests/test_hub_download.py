@@ -269,7 +269,7 @@ def test_precisions_and_device_maps(stranger, expected):
 
 
 @pytest.mark.slow
-def test_what_was_pulled_and_saved_again_is_whole(stranger, published, place):
+def test_a_downloaded_model_is_saved_again_completely(stranger, published, place):
     for name in ("again", "again_pipe"):
         saved = {path.name: path.read_bytes() for path in (place / name).iterdir()}
         assert saved == published.files["new"]
@@ -294,8 +294,8 @@ def test_push_to_hub_of_model_and_processor_pushes_the_pipeline_too(owner, publi
 def test_pickles_are_refused_and_not_read(stranger, owner, published):
     for report, names in ((stranger[0], ("", " pipeline")), (owner[0], ("", " load_raft"))):
         for name in names:
-            said = report["user/pickled" + name]
-            assert "user/pickled has no weights in safetensors" in said and "save_pretrained" in said
+            printed = report["user/pickled" + name]
+            assert "user/pickled has no weights in safetensors" in printed and "save_pretrained" in printed
     assert "use_safetensors must not be False" in stranger[0]["unsafe"]
     assert not published.executed.exists()
     requested = " ".join(published.hub.requests)
@@ -303,11 +303,15 @@ def test_pickles_are_refused_and_not_read(stranger, owner, published):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_pulled_says_what_to_do(stranger, owner):
+def test_a_failed_download_says_what_to_do(stranger, owner):
     for report, names in ((stranger[0], ("", " pipeline")), (owner[0], ("", " load_raft"))):
         for name in names:
-            said = report["user/nobody" + name]
-            assert "user/nobody" in said and "is not a valid model identifier" in said and "hf auth login" in said
+            printed = report["user/nobody" + name]
+            assert (
+                "user/nobody" in printed
+                and "is not a valid model identifier" in printed
+                and "hf auth login" in printed
+            )
             assert "couldn't connect" in report["user/failing" + name]
     assert "user/failing" in owner[0]["user/failing load_raft"]
 
@@ -323,7 +327,7 @@ def test_offline_from_the_cache(stranger, published, place, expected):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_is_told_and_the_cache_serves(owner, published, place, expected):
+def test_a_server_that_is_down_is_reported_and_the_cache_is_used(owner, published, place, expected):
     nobody = f"http://127.0.0.1:{free_port()}"
     report, flows = run(published.hub, place, COMMON + DOWN + FINISH, HF_ENDPOINT=nobody)
     assert_equal(flows, "cached", expected["new"])

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from test_hub import PUBLISHED
-from tiny_run import CPU, PROJECT, command, figures
+from tiny_run import CPU, PROJECT, command, log_lines
 
 from flow_training import hub as pushing
 from flow_training.ops.uploads import Uploads
@@ -41,20 +41,20 @@ SECONDS = 120.0
 
 def start(hub: Hub, output_dir: Path, *switches: str, **settings: str | None) -> subprocess.Popen:
     """A tiny run that pushes to user/tiny."""
-    words = command(output_dir, "--push_to_hub", "--hub_model_id", "user/tiny", *switches, **SETTINGS | settings)
+    argv = command(output_dir, "--push_to_hub", "--hub_model_id", "user/tiny", *switches, **SETTINGS | settings)
     environment = hub.environment(output_dir.parent / f"cache of {output_dir.name}") | CPU
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        words, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=PROJECT, start_new_session=True
+        argv, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=PROJECT, start_new_session=True
     )
 
 
-def push(hub: Hub, words: list[str], cache: Path) -> subprocess.CompletedProcess:
+def push(hub: Hub, argv: list[str], cache: Path) -> subprocess.CompletedProcess:
     """Run `python -m flow_training.hub ...`."""
-    assert words[:3] == ["python", "-m", "flow_training.hub"]
+    assert argv[:3] == ["python", "-m", "flow_training.hub"]
     environment = hub.environment(cache)
     return subprocess.run(
-        [sys.executable, *words[1:]], capture_output=True, text=True, env=environment, cwd=PROJECT, timeout=SECONDS
+        [sys.executable, *argv[1:]], capture_output=True, text=True, env=environment, cwd=PROJECT, timeout=SECONDS
     )
 
 
@@ -118,7 +118,7 @@ def runs(tmp_path_factory):
         yield {"hub": well, "failing": failing, "folders": output_dirs, "outputs": outputs, "codes": codes}
 
 
-def test_each_save_and_the_end_come_to_the_hub_and_training_waits_for_neither(runs):
+def test_checkpoints_and_final_model_are_pushed_without_delaying_the_training(runs):
     output_dir, (output, errors) = runs["folders"]["well"], runs["outputs"]["well"]
     assert runs["codes"]["well"] == 0, errors
     _, (_, first), (_, last) = runs["hub"].repos["model", "user/tiny"].commits
@@ -137,7 +137,7 @@ def test_each_save_and_the_end_come_to_the_hub_and_training_waits_for_neither(ru
     assert "step 6 is not uploaded: the upload of step 3 to user/tiny is still running" in output
     assert "step 3 is uploaded to user/tiny" in output and "pushed: http" in output
     assert_whole(output_dir)
-    assert figures(output_dir) == figures(runs["folders"]["gone to lunch"])  # of a run that uploaded nothing meanwhile
+    assert log_lines(output_dir) == log_lines(runs["folders"]["gone to lunch"])  # which uploaded nothing meanwhile
 
 
 def test_the_token_is_written_nowhere(runs):
@@ -181,7 +181,7 @@ def test_the_code_of_a_pushed_card_runs_as_pasted(runs, tmp_path):
         torch.testing.assert_close(flow, expected)
 
 
-def test_a_hub_that_is_gone_at_the_end_costs_nothing_and_is_pushed_to_later(runs, tmp_path):
+def test_a_run_is_pushed_later_when_the_hub_is_down_at_its_end(runs, tmp_path):
     """With the printed command; the folder's name needs quotes."""
     output_dir, (output, errors) = runs["folders"]["gone to lunch"], runs["outputs"]["gone to lunch"]
     assert "hub         user/tiny: at the end" in output and "not uploaded" not in output  # nor was it tried before
@@ -190,10 +190,10 @@ def test_a_hub_that_is_gone_at_the_end_costs_nothing_and_is_pushed_to_later(runs
     assert re.search("cannot create user/tiny on the Hub, http://127.*, or write to it: .*refused", errors)
     assert_whole(output_dir)
     (line,) = [line for line in errors.splitlines() if line.startswith("Push it later with:")]
-    words = shlex.split(line.partition(":")[2])
-    assert words == ["python", "-m", "flow_training.hub", "push", str(output_dir), "user/tiny"]
+    argv = shlex.split(line.partition(":")[2])
+    assert argv == ["python", "-m", "flow_training.hub", "push", str(output_dir), "user/tiny"]
     with Hub() as hub:
-        result = push(hub, [*words[:-1], "user/elsewhere", "--private"], tmp_path)
+        result = push(hub, [*argv[:-1], "user/elsewhere", "--private"], tmp_path)
         assert result.returncode == 0, result.stderr
         _, (_, files) = hub.repos["model", "user/elsewhere"].commits
     assert set(files) == PUBLISHED and "pushed: http" in result.stdout
@@ -202,7 +202,7 @@ def test_a_hub_that_is_gone_at_the_end_costs_nothing_and_is_pushed_to_later(runs
     assert 'from_pretrained("user/tiny"' in (output_dir / "README.md").read_text()
 
 
-def test_an_upload_that_breaks_off_costs_a_line_and_a_token_that_runs_out_the_exit_code(runs, tmp_path):
+def test_failed_uploads_are_reported_and_a_failed_last_one_sets_the_exit_code(runs, tmp_path):
     output_dir, (output, errors) = runs["folders"]["failing"], runs["outputs"]["failing"]
     assert runs["codes"]["failing"] == pushing.UPLOAD_FAILED and "Traceback" not in errors, errors
     (line,) = [line for line in output.splitlines() if "training continues" in line]
@@ -213,19 +213,19 @@ def test_an_upload_that_breaks_off_costs_a_line_and_a_token_that_runs_out_the_ex
     assert len(runs["failing"].repos["model", "user/tiny"].commits) == 1  # the empty one: nothing half has come
     assert_whole(output_dir)
     (line,) = [line for line in errors.splitlines() if line.startswith("Push it later with:")]
-    words = shlex.split(line.partition(":")[2])
-    refused = push(runs["failing"], [*words, "--token", TOKEN], tmp_path)
+    argv = shlex.split(line.partition(":")[2])
+    refused = push(runs["failing"], [*argv, "--token", TOKEN], tmp_path)
     assert refused.returncode == pushing.UPLOAD_FAILED and "Traceback" not in refused.stderr
     assert "401" in refused.stderr and "hf auth login" in refused.stderr and TOKEN not in refused.stderr
     faults = [500]
     runs["failing"].fault = lambda request: faults.pop() if "PUT" in request and faults else None
 
-    later = push(runs["failing"], words, tmp_path)  # a hiccup on the way is overcome
+    later = push(runs["failing"], argv, tmp_path)  # a hiccup on the way is overcome
     assert later.returncode == 0 and "500" in later.stderr and "[Retry 1/5]" in later.stderr, later.stderr
     assert set(runs["failing"].repos["model", "user/tiny"].commits[-1][1]) == PUBLISHED
 
 
-def test_a_token_that_is_refused_at_the_start_is_one_line_and_leaves_no_trace(runs):
+def test_a_refused_token_is_one_line_and_leaves_no_folder(runs):
     output, errors = runs["outputs"]["refused"]
     assert runs["codes"]["refused"] == 1 and not output and TOKEN not in errors
     (line,) = [line for line in errors.splitlines() if "error" in line.lower()]
@@ -233,7 +233,7 @@ def test_a_token_that_is_refused_at_the_start_is_one_line_and_leaves_no_trace(ru
     assert "hf auth login" in line and not runs["folders"]["refused"].exists()
 
 
-def test_neither_a_kill_nor_a_signal_waits_for_an_upload_or_leaves_its_copy(tmp_path):
+def test_kills_and_signals_cancel_an_upload_and_remove_its_copy(tmp_path):
     """The Hub does not answer while an upload goes on in the background."""
     output_dir = tmp_path / "run"
     settings = {"max_train_steps": "1000", "validation_sets": None}
@@ -282,13 +282,13 @@ def test_the_push_command_says_what_is_wrong(tmp_path):
         hub.delay = lambda request: 600.0
         program = ["python", "-m", "flow_training.hub", "push"]
         (tmp_path / "run").mkdir()
-        for words, code, part in (
+        for argv, code, part in (
             ([str(tmp_path / "no_run"), "user/tiny"], 1, f"no such folder: {tmp_path / 'no_run'}"),
             ([str(tmp_path / "run"), "user/tiny"], 1, "holds no finished run: model.safetensors, config.json"),
             ([str(tmp_path / "run"), "user/a b"], 2, "'user/a b' is no user/name"),
             ([str(tmp_path / "run")], 2, "user/name"),
         ):
-            result = push(hub, [*program, *words], tmp_path)
+            result = push(hub, [*program, *argv], tmp_path)
             assert result.returncode == code and part in result.stderr, result.stderr
             assert len(result.stderr.splitlines()) == 1 and not hub.requests
         for name in pushing.FINISHED_FILES:
@@ -299,8 +299,8 @@ def test_the_push_command_says_what_is_wrong(tmp_path):
         assert result.returncode == pushing.UPLOAD_FAILED and "hf auth login" in result.stderr, result.stderr
         assert not any("preupload" in request for request in hub.requests)
         hub.delay = lambda request: 600.0
-        words = ["push", str(tmp_path / "run"), "user/tiny"]
-        code = f"import flow_training.hub as hub; hub.TIMEOUT = 0.5; raise SystemExit(hub.main({words}))"
+        argv = ["push", str(tmp_path / "run"), "user/tiny"]
+        code = f"import flow_training.hub as hub; hub.TIMEOUT = 0.5; raise SystemExit(hub.main({argv}))"
         result = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment(tmp_path), timeout=30
         )

@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from test_modeling_raft import tiny_config
-from tiny_run import PROJECT, environment, figures, flags, free_port, train
+from tiny_run import PROJECT, environment, flags, free_port, log_lines, train
 
 import evaluate_flow
 import train_flow
@@ -22,25 +22,25 @@ FILES = sorted(ACCELERATE.glob("*.yaml"))
 CPU = ["--mixed_precision", "no"]  # there is no fp16 on a CPU; environment() says that there is no GPU
 
 
-def launch(config: str, options: list[str], words: list[str]) -> subprocess.Popen:
+def launch(config: str, options: list[str], argv: list[str]) -> subprocess.Popen:
     """Start train_flow.py through a file of configs/accelerate; options win over it."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / config)]
-    command += [*options, str(PROJECT / "train_flow.py"), *words]
+    command += [*options, str(PROJECT / "train_flow.py"), *argv]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=PROJECT
     )
 
 
 def finish(*processes: subprocess.Popen) -> list[str]:
-    """Wait for all; what each has said."""
+    """Wait for all; return what each has printed."""
     try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
+        printed = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, text in zip(processes, said, strict=True):
+    for process, text in zip(processes, printed, strict=True):
         assert process.returncode == 0, text
-    return said
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ SETTINGS = {
 
 
 def assert_same_run(ours: Path, theirs: Path, rel: float = 1e-5) -> None:
-    """The same figures up to the order in which numbers are added."""
-    assert len(figures(ours)) == len(figures(theirs)) > 4
-    for line, expected in zip(figures(ours), figures(theirs), strict=True):
+    """The same metrics up to the order in which numbers are added."""
+    assert len(log_lines(ours)) == len(log_lines(theirs)) > 4
+    for line, expected in zip(log_lines(ours), log_lines(theirs), strict=True):
         assert line == pytest.approx(expected, rel=rel, abs=1e-7)
 
 
@@ -79,9 +79,9 @@ def assert_same_run(ours: Path, theirs: Path, rel: float = 1e-5) -> None:
 def test_settings_that_split_the_model_are_refused_before_anything_is_written(variable, name, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, "true")
     evaluation = ["--model", "nowhere", "--dataset", "synthetic", "--output", str(tmp_path / "report.json")]
-    for program, words in ((train_flow, flags(tmp_path / "run")), (evaluate_flow, evaluation)):
+    for program, argv in ((train_flow, flags(tmp_path / "run")), (evaluate_flow, evaluation)):
         with pytest.raises(SystemExit) as end:
-            program.main(words)
+            program.main(argv)
         assert f"set up for {name} ({variable}=true), which is not supported" in str(end.value)
         assert "`accelerate config`" in str(end.value) and "\n" not in str(end.value)
     assert not list(tmp_path.iterdir())
@@ -94,8 +94,8 @@ def test_a_launcher_set_up_for_sharding_is_refused(tmp_path):
     config |= {"num_machines": 1, "machine_rank": 0, "mixed_precision": "no", "debug": False}
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
     process = launch(str(tmp_path / "accelerate.yaml"), [], flags(tmp_path / "run"))
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "train_flow.py: error: accelerate is set up for FSDP" in said, said
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "train_flow.py: error: accelerate is set up for FSDP" in printed, printed
     assert not (tmp_path / "run").exists()
 
 
@@ -121,13 +121,13 @@ STOP = "train_flow.terminate_with_launcher = lambda: signal.raise_signal(signal.
 def test_processes_leave_their_group_before_they_end(program, before, code, tmp_path):
     """Else torch's threads for gloo may abort them: one in fifty, where more processes run than there are cores."""
     (tmp_path / "leaving.py").write_text(LEAVING.format(program=program, before=before, code=code))
-    words = flags(tmp_path / "run", validation_sets=None, max_train_steps="2")
+    argv = flags(tmp_path / "run", validation_sets=None, max_train_steps="2")
     if program == "evaluate_flow":
         RaftForOpticalFlow(tiny_config()).save_pretrained(tmp_path / "model")
-        words = ["--model", str(tmp_path / "model"), "--dataset", "synthetic", "--num_flow_updates", "1"]
-        words += ["--synthetic_image_size", "64", "72", "--synthetic_num_pairs", "2"]
+        argv = ["--model", str(tmp_path / "model"), "--dataset", "synthetic", "--num_flow_updates", "1"]
+        argv += ["--synthetic_image_size", "64", "72", "--synthetic_num_pairs", "2"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *CPU]
-    command += ["--main_process_port", str(free_port()), str(tmp_path / "leaving.py"), *words]
+    command += ["--main_process_port", str(free_port()), str(tmp_path / "leaving.py"), *argv]
     places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, **places)
     assert result.returncode == 0, result.stderr
@@ -157,7 +157,7 @@ def written_commands(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_launch_needs_no_question_and_no_guess(path, caplog, monkeypatch):
+def test_files_leave_no_option_to_a_guess(path, caplog, monkeypatch):
     """Whatever is left open, `accelerate launch` would warn of, or guess from the machine."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # else it says how many threads it takes
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "train_flow.py"])
@@ -177,7 +177,7 @@ def test_launch_needs_no_question_and_no_guess(path, caplog, monkeypatch):
 def test_one_machine(config, options, one_process, tmp_path):
     if config.startswith("gpus"):
         options = [*options, "--main_process_port", str(free_port())]
-    (said,) = finish(launch(config, options, flags(tmp_path / "run", **SETTINGS)))
+    (printed,) = finish(launch(config, options, flags(tmp_path / "run", **SETTINGS)))
     assert_same_run(tmp_path / "run", one_process)
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"{2 if config.startswith('gpus') else 1} x CPU" in card
@@ -186,12 +186,12 @@ def test_one_machine(config, options, one_process, tmp_path):
 @pytest.mark.slow
 def test_bf16_on_several_processes(one_process, tmp_path):
     """As the file says it, but for the GPUs."""
-    (said,) = finish(
+    (printed,) = finish(
         launch("gpus_bf16.yaml", ["--main_process_port", str(free_port())], flags(tmp_path / "run", **SETTINGS))
     )
     settings = yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())
     assert settings["mixed_precision"] == "bf16"
-    first, expected = figures(tmp_path / "run")[0], figures(one_process)[0]
+    first, expected = log_lines(tmp_path / "run")[0], log_lines(one_process)[0]
     assert first["loss"] == pytest.approx(expected["loss"], rel=0.05) and first["loss"] != expected["loss"]
 
 
@@ -213,12 +213,12 @@ def launch_machines(folders: list[Path], *switches: str, **settings: str | None)
 def test_two_machines_do_what_one_process_does(one_process, tmp_path):
     """Half of the run, and the other half after a new start from the checkpoint in the folder that they share."""
     folder = tmp_path / "shared"
-    said = finish(*launch_machines([folder, folder]))
+    printed = finish(*launch_machines([folder, folder]))
     assert_same_run(folder, one_process)
     assert "2 x CPU" in (folder / "README.md").read_text()
     names = {path.name for path in (folder / "checkpoint-2").iterdir()}
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= names
-    assert "weights, model card and log are in" in said[0] and "weights" not in said[1]  # said once
+    assert "weights, model card and log are in" in printed[0] and "weights" not in printed[1]  # only once
 
     before = load_file(folder / "model.safetensors")
     for name in ("model.safetensors", "run_config.yaml", "README.md"):
@@ -237,10 +237,10 @@ def test_machines_that_share_no_folder_are_refused(tmp_path):
     """They would save checkpoints from which nobody can go on."""
     processes = launch_machines([tmp_path / "one", tmp_path / "two"])
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        printed = [process.communicate(timeout=120)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert all(process.returncode != 0 for process in processes)
-    assert any("put it on a file system that all machines share" in text for text in said)
+    assert any("put it on a file system that all machines share" in text for text in printed)
     assert not list(tmp_path.rglob("train_log.jsonl"))

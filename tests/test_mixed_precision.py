@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_run import figures, flags, train
+from tiny_run import flags, log_lines, train
 from torch import Tensor
 
 import train_flow
@@ -249,7 +249,7 @@ def test_bf16_learns_a_pair_as_float32_does(tmp_path):
             max_train_steps="100",
         )
         assert result.returncode == 0, result.stderr
-        losses[precision] = [line["loss"] for line in figures(tmp_path / precision)]
+        losses[precision] = [line["loss"] for line in log_lines(tmp_path / precision)]
     for precision, of_run in losses.items():
         means = [sum(of_run[i : i + 20]) / 20 for i in range(0, 100, 20)]
         print(f"{precision}: loss of the first step {of_run[0]:.4f}, means of 20 steps {means}")
@@ -327,7 +327,7 @@ def test_a_run_skips_steps_that_overflow_in_float16(run_in_float16, tmp_path):
             optimizer.step()
             schedule.step()
 
-    lines = figures(tmp_path / "whole")
+    lines = log_lines(tmp_path / "whole")
     assert [line["step"] for line in lines] == list(range(1, num_steps + 1))
     assert [line.get("skipped_steps", 0) for line in lines] == [0 if taken else 1 for taken in changed]
     assert [line["learning_rate"] for line in lines] == list(learning_rates)

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_modeling_raft import tiny_config
-from tiny_run import figures, train
+from tiny_run import log_lines, train
 
 import evaluate_flow
 from flow_data.sampling import MixSource, TrainingPairs
@@ -72,10 +72,10 @@ def test_a_run_without_ground_truth_stops_and_publishes_nothing(value, tmp_path)
     assert scalars and all(math.isfinite(scalar.value) for scalar in scalars)
 
     # What has been counted is part of a checkpoint: in pieces, the run comes no further.
-    before = figures(tmp_path / "run")
+    before = log_lines(tmp_path / "run")
     again = train(tmp_path / "run", "--resume_from_checkpoint", "auto", **settings)
     assert again.returncode == 1 and "in 3 steps in a row" in again.stderr, again.stderr
-    assert figures(tmp_path / "run") == before
+    assert log_lines(tmp_path / "run") == before
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_two_processes_stop_without_ground_truth(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_source_without_ground_truth_is_warned_of_and_trained_with(tmp_path):
+def test_one_source_without_ground_truth_causes_a_warning_only(tmp_path):
     """Most crops of the sparse one have no valid pixel."""
     pairs = make_pairs(tmp_path / "pairs", [math.nan, 2.0, math.nan], known=1e-4)
     mix = {"train_mix": "{pairs: 1, synthetic: 1}", "synthetic_num_pairs": "1", "total_batch_size": "1"}
@@ -157,7 +157,7 @@ def test_the_first_pairs_of_each_source_are_checked(tmp_path):
     assert len(warnings([280.0], max_flow=396.0)) == 0 and len(warnings([280.0], max_flow=395.0)) == 1
 
 
-def test_pairs_that_cannot_be_read_are_not_called_unknown(tmp_path):
+def test_unreadable_pairs_are_not_reported_as_missing_ground_truth(tmp_path):
     pairs = make_pairs(tmp_path / "pairs", [math.nan, math.nan])
     rows = load_source("pairs", pairs)
     (pairs / "p0_img1.png").write_bytes(b"no picture")
@@ -167,7 +167,7 @@ def test_pairs_that_cannot_be_read_are_not_called_unknown(tmp_path):
     assert describe_missing_ground_truth(TrainingPairs([MixSource("mine", rows, 1, None)], 0), 400.0) == []
 
 
-def test_the_evaluation_of_weights_that_diverged_says_so(tmp_path, capsys):
+def test_evaluation_reports_diverged_weights(tmp_path, capsys):
     model = RaftForOpticalFlow(tiny_config())
     model.update_block.flow_head[2].bias.data.fill_(3e38)  # finite, as NaN is refused, but their sum is not
     model.save_pretrained(tmp_path / "model")

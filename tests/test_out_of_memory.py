@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from test_modeling_raft import tiny_config
-from tiny_run import PROJECT, environment, figures, flags, train
+from tiny_run import PROJECT, environment, flags, log_lines, train
 
 from flow_data import sampling
 from flow_data.out_of_memory import attempt, explain_out_of_memory, is_out_of_memory
@@ -99,7 +99,7 @@ def test_other_errors_are_not_touched(error):
     assert explain_out_of_memory(error, "the prediction", "Use --max_side.") is None
 
 
-def test_what_it_was_raised_from_counts_and_the_innermost_attempt_is_named():
+def test_causes_count_and_the_innermost_attempt_is_named():
     """Who reads files calls whatever happens a damaged file."""
     with pytest.raises(ValueError, match="is damaged") as caught, attempt("the training"), attempt("a step"):
         try:
@@ -113,7 +113,7 @@ def test_what_it_was_raised_from_counts_and_the_innermost_attempt_is_named():
     )
 
 
-def test_a_pair_that_memory_is_too_short_for_is_no_bad_pair(monkeypatch):
+def test_running_out_of_memory_is_not_taken_for_a_bad_pair(monkeypatch):
     """Another in its place would hide it; and it would be another run."""
 
     def to_sample(row):
@@ -137,9 +137,9 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 """
 
 
-def run_limited(module: str, megabytes: int, *words: object) -> subprocess.CompletedProcess:
+def run_limited(module: str, megabytes: int, *argv: object) -> subprocess.CompletedProcess:
     """A program in a process that may take no more than so many megabytes after its imports."""
-    command = [sys.executable, "-c", LIMITED.format(module=module), str(megabytes), *map(str, words)]
+    command = [sys.executable, "-c", LIMITED.format(module=module), str(megabytes), *map(str, argv)]
     places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **places)
 
@@ -183,9 +183,9 @@ def test_prediction(tiny_model, tmp_path):
 @pytest.mark.slow
 def test_evaluation(tiny_model, tmp_path):
     report = tmp_path / "report.json"
-    words = ["--model", tiny_model, "--dataset", "synthetic", "--synthetic_image_size", 640, 960]
-    words += ["--synthetic_num_pairs", 2, "--batch_size", 2, "--num_flow_updates", 3, "--output", report]
-    line = error_line(run_limited("evaluate_flow", 400, *words))
+    argv = ["--model", tiny_model, "--dataset", "synthetic", "--synthetic_image_size", 640, 960]
+    argv += ["--synthetic_num_pairs", 2, "--batch_size", 2, "--num_flow_updates", 3, "--output", report]
+    line = error_line(run_limited("evaluate_flow", 400, *argv))
     assert line.startswith("evaluate_flow.py: error: out of memory in flow of 2 pair(s) of 640 x 960 px images with 3")
     assert "--batch_size 2" in line and "--mixed_precision bf16" in line
     assert not report.exists()
@@ -196,8 +196,8 @@ def test_evaluation(tiny_model, tmp_path):
 def test_smoothing(tiny_model, tmp_path):
     write_frames(tmp_path / "frames", 3)
     np.save(tmp_path / "maps.npy", np.zeros((3, 8, 8), np.float32))
-    words = ["--model", tiny_model, "--frames", tmp_path / "frames", "--maps", tmp_path / "maps.npy"]
-    result = run_limited("examples.temporal_smoothing", 500, *words, "--output", tmp_path / "smooth.npy")
+    argv = ["--model", tiny_model, "--frames", tmp_path / "frames", "--maps", tmp_path / "maps.npy"]
+    result = run_limited("examples.temporal_smoothing", 500, *argv, "--output", tmp_path / "smooth.npy")
     line = error_line(result)
     assert line.startswith("temporal_smoothing.py: error: out of memory in ") and "1000 x 1504 px" in line
     assert "--max_side" in line and "--window" in line
@@ -206,8 +206,8 @@ def test_smoothing(tiny_model, tmp_path):
 @needs_proc
 @pytest.mark.slow
 def test_the_first_step_of_a_training(tmp_path):
-    words = flags(tmp_path / "run", crop_size="512 512", synthetic_image_size="520 520", num_flow_updates="12")
-    line = error_line(result := run_limited("train_flow", 500, *words))
+    argv = flags(tmp_path / "run", crop_size="512 512", synthetic_image_size="520 520", num_flow_updates="12")
+    line = error_line(result := run_limited("train_flow", 500, *argv))
     assert line.startswith(
         "train_flow.py: error: out of memory in a pass of 4 pair(s) of 512 x 512 px with 12 updates"
     )
@@ -246,34 +246,34 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "function", "allocation", "at_call", "workers", "said", "saved"),
+    ("place", "function", "allocation", "at_call", "workers", "printed", "saved"),
     [
         ("RaftForOpticalFlow.forward", "forward", "torch.empty(10**15)", 4, "0", "a pass of 4 pair(s) of 64 x 72", 2),
         ("sampling.to_sample", "to_sample", "numpy.empty(10**15)", 17, "1", "--dataloader_num_workers", 3),
     ],
     ids=["model", "worker"],
 )
-def test_a_later_step_of_a_training(whole, place, function, allocation, at_call, workers, said, saved, tmp_path):
-    """What is saved is said, and with more memory the run ends as if nothing had happened."""
+def test_a_later_step_of_a_training(whole, place, function, allocation, at_call, workers, printed, saved, tmp_path):
+    """What is saved is printed, and with more memory the run ends as if nothing had happened."""
     settings = SETTINGS | {"dataloader_num_workers": workers}
-    words = flags(tmp_path / "run", "--gradient_checkpointing", **settings)
+    argv = flags(tmp_path / "run", "--gradient_checkpointing", **settings)
     code = INTERRUPTED.format(place=place, function=function, allocation=allocation, at_call=at_call)
     places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
-    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **places)
+    result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, **places)
     line = error_line(result)
-    assert "out of memory" in line and said in line and f"Step {saved} is saved." in line
+    assert "out of memory" in line and printed in line and f"Step {saved} is saved." in line
     assert "--gradient_checkpointing" not in line and "Resume with:" in result.stderr
 
     resumed = train(tmp_path / "run", "--gradient_checkpointing", "--resume_from_checkpoint", "auto", **settings)
     assert resumed.returncode == 0, resumed.stderr
-    assert figures(tmp_path / "run") == figures(whole)
+    assert log_lines(tmp_path / "run") == log_lines(whole)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_memory_is_too_short_for_is_not_called_damaged(whole):
+def test_running_out_of_memory_is_not_taken_for_a_damaged_checkpoint(whole):
     code = "import sys, torch, train_flow\nfrom accelerate import Accelerator\n"
-    code += "Accelerator.load_state = lambda *words: torch.empty(10**15)\ntrain_flow.main(sys.argv[1:])"
-    words = flags(whole, "--gradient_checkpointing", "--resume_from_checkpoint", "latest", **SETTINGS)
+    code += "Accelerator.load_state = lambda *argv: torch.empty(10**15)\ntrain_flow.main(sys.argv[1:])"
+    argv = flags(whole, "--gradient_checkpointing", "--resume_from_checkpoint", "latest", **SETTINGS)
     places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
-    line = error_line(subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, **places))
+    line = error_line(subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, **places))
     assert "out of memory in the training" in line and "Step 6 is saved" in line and "remove" not in line

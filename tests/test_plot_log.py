@@ -58,7 +58,7 @@ def test_what_does_not_exist_is_a_gap():
     assert [None if math.isnan(value) else value for value in line.get_ydata()] == [4, None, 2, None, 1]
 
 
-def test_a_run_has_one_colour_in_every_panel_and_the_legend():
+def test_a_run_has_one_color_in_every_panel_and_the_legend():
     figure = plot_runs({"one": make_log(3.0, validation=None), "other": make_log(7.0), "third": make_log(1.0)})
     colours = {axes.get_gid(): [line.get_color() for line in axes.get_lines()] for axes in figure.axes}
     assert len(colours) == 4 and all(colour == ["C0", "C1", "C2"] for colour in colours.values())
@@ -95,7 +95,7 @@ def test_names_are_folders_and_distinct(tmp_path):
         names("chairs", "things/../chairs")
 
 
-def test_a_torn_last_line_is_ignored(tmp_path):
+def test_an_incomplete_last_line_is_ignored(tmp_path):
     log = make_log(3.0)
     run = write_log(tmp_path / "run", log, torn='{"step": 6, "lo')
     assert load_logs([run]) == {"run": log} == load_logs([run / "train_log.jsonl"])
@@ -125,7 +125,7 @@ def test_a_log_that_cannot_be_drawn_is_named(content, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_command_writes_a_picture_without_a_display(tmp_path):
+def test_command_writes_an_image_without_a_display(tmp_path):
     runs = [write_log(tmp_path / name, make_log(factor)) for name, factor in (("one", 3.0), ("other", 5.0))]
     command = [sys.executable, "-m", "flow_training.plot_log", *map(str, runs), "--output", str(tmp_path / "p.png")]
     environment = {"PATH": "/usr/bin:/bin", "MPLBACKEND": "", "HOME": str(tmp_path)}

@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import TINY_RUN, figures, flags, train
+from tiny_run import TINY_RUN, flags, log_lines, train
 
 from flow_data.flow_io import write_flow
 from flow_training.run_log import read_log
@@ -42,7 +42,7 @@ def finished_run(tmp_path_factory) -> Path:
     return output_dir
 
 
-def test_a_run_leaves_what_is_promised(finished_run):
+def test_a_run_writes_all_documented_files(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "run_config.yaml"} <= names
     assert {name for name in names if "checkpoint" in name} == {"checkpoint-3", "checkpoint-4"}
@@ -52,7 +52,7 @@ def test_a_run_leaves_what_is_promised(finished_run):
     RaftImageProcessor.from_pretrained(finished_run)
 
 
-def test_log_has_the_promised_figures(finished_run):
+def test_log_has_the_documented_metrics(finished_run):
     lines = read_log(finished_run / "train_log.jsonl")
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4]
@@ -66,7 +66,7 @@ def test_log_has_the_promised_figures(finished_run):
     assert [line["step"] for line in validation] == [2, 4]
 
 
-def test_tensorboard_has_figures_and_a_picture_strip(finished_run):
+def test_tensorboard_has_metrics_and_images(finished_run):
     events = EventAccumulator(str(finished_run / "logs"), size_guidance={"images": 0})
     events.Reload()
     assert {"loss", "epe", "validation/synthetic/epe"} <= set(events.Tags()["scalars"])
@@ -89,7 +89,7 @@ def test_learning_rates_are_the_one_cycle_schedules(tmp_path, processes, per_dev
             expected.append(peak / 25 + (peak - peak / 25) * step / warm_up)
         else:
             expected.append(peak + (peak / 25 / 1e4 - peak) * (step - warm_up) / (end - warm_up))
-    assert [line["learning_rate"] for line in figures(tmp_path / "run")] == pytest.approx(expected, rel=1e-12)
+    assert [line["learning_rate"] for line in log_lines(tmp_path / "run")] == pytest.approx(expected, rel=1e-12)
 
 
 def test_run_config_repeats_the_run(finished_run, tmp_path):
@@ -100,10 +100,10 @@ def test_run_config_repeats_the_run(finished_run, tmp_path):
     settings = dict.fromkeys(TINY_RUN)
     result = train(tmp_path / "again", "--config", path, **settings)
     assert result.returncode == 0, result.stderr
-    assert figures(tmp_path / "again") == figures(finished_run)
+    assert log_lines(tmp_path / "again") == log_lines(finished_run)
 
 
-def test_model_card_says_what_the_run_did(finished_run):
+def test_model_card_describes_the_run(finished_run):
     card = (finished_run / "README.md").read_text()
     assert "{{" not in card and "{%" not in card
     for part in ("- optical-flow", "model-index", "random weights", "Synthetic pairs", "| learning_rate | 0.0003 |"):
@@ -134,11 +134,11 @@ def test_resumed_equals_uninterrupted(finished_run, tmp_path):
         shutil.copytree(output_dir, copy)
         resumed = train(copy, *resume, max_train_steps="5", logging_steps="2", **shared | changed)
         assert resumed.returncode == 0, resumed.stderr
-        assert len(figures(copy)) == len(figures(tmp_path / "whole"))
-        for ours, theirs in zip(figures(copy), figures(tmp_path / "whole"), strict=True):
+        assert len(log_lines(copy)) == len(log_lines(tmp_path / "whole"))
+        for ours, theirs in zip(log_lines(copy), log_lines(tmp_path / "whole"), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)  # more pairs a pass are summed in another order
     output_dir = tmp_path / "dataloader_num_workers"
-    assert figures(output_dir) == figures(tmp_path / "whole")
+    assert log_lines(output_dir) == log_lines(tmp_path / "whole")
     ours, theirs = (load_file(path / "model.safetensors") for path in (output_dir, tmp_path / "whole"))
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
@@ -148,7 +148,7 @@ def test_two_processes_do_what_one_does(finished_run, tmp_path):
     settings = {"validation_sets": "synthetic", "validation_steps": "2", "per_device_train_batch_size": "1"}
     result = train(tmp_path / "two", "--add_noise", processes=2, **settings)
     assert result.returncode == 0, result.stderr
-    two, one = figures(tmp_path / "two"), figures(finished_run)
+    two, one = log_lines(tmp_path / "two"), log_lines(finished_run)
     assert len(two) == len(one) > 4
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
@@ -157,7 +157,7 @@ def test_two_processes_do_what_one_does(finished_run, tmp_path):
 def test_bf16_trains_and_is_not_float32(finished_run, tmp_path):
     result = train(tmp_path / "bf16", "--add_noise", mixed_precision="bf16", per_device_train_batch_size="2")
     assert result.returncode == 0, result.stderr
-    ours, theirs = figures(tmp_path / "bf16"), [line for line in figures(finished_run) if "loss" in line]
+    ours, theirs = log_lines(tmp_path / "bf16"), [line for line in log_lines(finished_run) if "loss" in line]
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=0.05)
     assert ours[0]["loss"] != theirs[0]["loss"]
     assert RaftForOpticalFlow.from_pretrained(tmp_path / "bf16").dtype == torch.float32
@@ -204,7 +204,7 @@ def test_an_earlier_run_is_not_overwritten(finished_run):
     assert before == files()  # but for the lock, which has no suffix
 
 
-def test_a_split_without_truth_is_refused_at_the_start(tmp_path):
+def test_a_split_without_ground_truth_is_refused_at_the_start(tmp_path):
     folder = tmp_path / "Sintel" / "test" / "clean" / "scene"
     folder.mkdir(parents=True)
     for i in (1, 2):

@@ -36,20 +36,20 @@ TINY_RUN = {
 
 def flags(output_dir: Path, *switches: str, **settings: str | None) -> list[str]:
     """The tiny run's flags, changed as told; a setting that is None is left out."""
-    words = ["--output_dir", str(output_dir), *switches]
+    argv = ["--output_dir", str(output_dir), *switches]
     for key, value in (TINY_RUN | settings).items():
         if value is not None:
-            words += [f"--{key}", *([value] if value.startswith("{") else value.split())]
-    return words
+            argv += [f"--{key}", *([value] if value.startswith("{") else value.split())]
+    return argv
 
 
 def command(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> list[str]:
     """The command line of a run in processes of its own."""
-    words = [sys.executable, str(PROJECT / "train_flow.py")]
+    argv = [sys.executable, str(PROJECT / "train_flow.py")]
     if processes > 1:  # with --cpu instead, accelerate would run one process and say nothing
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        words[1:1] = [*launch, "--main_process_port", str(free_port())]
-    return words + flags(output_dir, *switches, **settings)
+        argv[1:1] = [*launch, "--main_process_port", str(free_port())]
+    return argv + flags(output_dir, *switches, **settings)
 
 
 def environment() -> dict[str, str]:
@@ -58,15 +58,15 @@ def environment() -> dict[str, str]:
 
 def train(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.CompletedProcess:
     """Run train_flow.py to its end."""
-    words = command(output_dir, *switches, processes=processes, **settings)
-    return subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=PROJECT, timeout=600)
+    argv = command(output_dir, *switches, processes=processes, **settings)
+    return subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, timeout=600)
 
 
 def start(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.Popen:
     """Start train_flow.py, in a process group of its own."""
-    words = command(output_dir, *switches, processes=processes, **settings)
+    argv = command(output_dir, *switches, processes=processes, **settings)
     return subprocess.Popen(
-        words,
+        argv,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -82,7 +82,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def figures(output_dir: Path) -> list[dict[str, float]]:
+def log_lines(output_dir: Path) -> list[dict[str, float]]:
     """Lines of the log, without what depends on speed."""
     lines = read_log(output_dir / "train_log.jsonl")
     return [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]
