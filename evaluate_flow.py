@@ -43,8 +43,9 @@ from flow_inference.submission import (
 )
 from flow_training.evaluation import DTYPES, PROTOCOLS, Protocol, check_precision, evaluate
 from flow_training.flags import nearest
-from flow_training.metrics import format_metric, to_json
+from flow_training.metrics import format_metric
 from flow_training.processes import refuse_sharding
+from flow_training.run_log import to_json
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 

@@ -18,11 +18,9 @@ from typing import Any
 import yaml
 
 from flow_data.shipped_files import find_config
-from flow_training.checkpoints import list_checkpoints
 from flow_training.config import CHANGEABLE_ON_RESUME, TrainingConfig, parse_config, without_token
 from flow_training.flags import check_keys, read_yaml, to_flags
 from flow_training.hub import FINISHED_FILES, RUN_CONFIG
-from flow_training.model import model_bytes
 from flow_training.ops.launcher import SignalForwarder
 from flow_training.run_log import FILE_NAME as LOG_NAME
 
@@ -73,6 +71,8 @@ class Stage:
 
     def state(self) -> str:
         """`done`, `in progress` with the step to resume from, or `not started`."""
+        from flow_training.checkpoints import list_checkpoints  # not above: --help must not wait for torch
+
         checkpoints = list_checkpoints(self.output_dir)
         if self.is_done():
             return "done"
@@ -202,6 +202,8 @@ def describe_plan(curriculum: Curriculum) -> str:
     Raises:
         ValueError, OSError: The model of the first stage cannot be made, or its weights do not exist.
     """
+    from flow_training.model import model_bytes  # not above: --help must not wait for torch
+
     stages = curriculum.stages
     weights, parameters = model_bytes(stages[0].config)
     disks = [disk_needed(stage.config, weights, parameters) for stage in stages]

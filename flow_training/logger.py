@@ -41,7 +41,7 @@ class NotFiniteError(ArithmeticError):
 
 
 class NothingLearnedError(ArithmeticError):
-    """The loss of many steps in a row, or of all, says nothing about the model."""
+    """The run cannot learn: no pixel counted for the loss in many steps in a row, or every step was skipped."""
 
 
 @dataclass

@@ -1,11 +1,9 @@
 """Errors of flow as sums and counts, which add up over batches and processes, and the metrics computed from them.
 
-A metric over no pixels is NaN; as text it is "-", in JSON null.
+A metric over no pixels is NaN; as text it is "-".
 """
 
-import json
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,23 +118,3 @@ def region_metrics(sums: Tensor) -> dict[str, float]:
     """
     regions = zip(REGIONS, sums.tolist(), strict=True)
     return {f"epe_{name}": total / count for name, (count, total) in regions if count}
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """A value as strict JSON text, with null for every number that is not finite, such as a metric over no pixels.
-
-    RFC 8259 has neither NaN nor infinities, which Python's `json` writes all the same.
-
-    Args:
-        value: Made of dictionaries, lists, text, numbers, booleans and None.
-        indent: As in `json.dumps`.
-    """
-    return json.dumps(_with_null(value), indent=indent, allow_nan=False)
-
-
-def _with_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_null(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_null(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,11 +1,10 @@
 """train_log.jsonl: a JSON object for each logged step, once also after a resume, with null for what does not exist."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
-
-from flow_training.metrics import to_json
 
 FILE_NAME = "train_log.jsonl"
 
@@ -64,3 +63,23 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as strict JSON text, with null for every number that is not finite, such as a metric over no pixels.
+
+    RFC 8259 has neither NaN nor infinities, which Python's `json` writes all the same.
+
+    Args:
+        value: Made of dictionaries, lists, text, numbers, booleans and None.
+        indent: As in `json.dumps`.
+    """
+    return json.dumps(_with_null(value), indent=indent, allow_nan=False)
+
+
+def _with_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_null(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
