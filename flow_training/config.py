@@ -173,7 +173,6 @@ class TrainingConfig:
             raise ValueError(f"config_overrides: {name} is set by the run's {MODEL_FIELDS[name]}; give that instead")
         if self.model_name_or_path is not None and self.config_overrides:
             raise ValueError("config_overrides shape a model from scratch, but model_name_or_path gives weights")
-
         if self.hub_model_id is not None:
             from huggingface_hub.errors import HFValidationError
             from huggingface_hub.utils import validate_repo_id
@@ -240,8 +239,8 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every value that makes the run, in types of YAML: without the token and what belongs to this start only."""
-        values = dataclasses.asdict(self) | {name: dict(getattr(self, name)) for name in ("train_mix",
-                                                                                          "config_overrides")}
+        values = dataclasses.asdict(self)
+        values |= {name: dict(getattr(self, name)) for name in ("train_mix", "config_overrides")}
         for name in ("hub_token", "resume_from_checkpoint", "allow_config_changes"):
             values.pop(name)
         return values
