@@ -1,36 +1,36 @@
-"""Whether contenders compute the same flow: figures of different computations compare nothing."""
+"""Whether candidates compute the same flow: figures of different computations compare nothing."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from benchmarks.contenders import Contender
+from benchmarks.candidates import Candidate
 
 TOLERANCE = 1e-3  # pixels, in float32; what bf16 differs by is reported
 
 
-def estimate_flows(contenders: Sequence[Contender], pixel_values: Tensor, num_flow_updates: int) -> dict[str, Tensor]:
-    """The flow `(B, 2, H, W)` of each contender, by its name."""
-    return {c.name: c.inference(pixel_values, num_flow_updates)().float().cpu() for c in contenders}
+def estimate_flows(candidates: Sequence[Candidate], pixel_values: Tensor, num_flow_updates: int) -> dict[str, Tensor]:
+    """The flow `(B, 2, H, W)` of each candidate, by its name."""
+    return {c.name: c.inference(pixel_values, num_flow_updates)().float().cpu() for c in candidates}
 
 
-def check_flows(contenders: Sequence[Contender], flows: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference of each flow from that of the first contender of its size, in pixels.
+def check_flows(candidates: Sequence[Candidate], flows: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest difference of each flow from that of the first candidate of its size, in pixels.
 
     Raises:
         ValueError: One in float32 differs by more than rounding explains.
     """
     differences = {}
-    for contender in contenders:
-        reference = next(other for other in contenders if other.size == contender.size)
-        difference = (flows[contender.name] - flows[reference.name]).abs().max().item()
+    for candidate in candidates:
+        reference = next(other for other in candidates if other.size == candidate.size)
+        difference = (flows[candidate.name] - flows[reference.name]).abs().max().item()
         # `not <=` is true of what is not a number, too.
-        if contender.precision == "fp32" and not difference <= TOLERANCE:
+        if candidate.precision == "fp32" and not difference <= TOLERANCE:
             raise ValueError(
-                f"{contender.name} and {reference.name} do not compute the same: their flow differs by "
+                f"{candidate.name} and {reference.name} do not compute the same: their flow differs by "
                 f"{difference:.3g} px, and {TOLERANCE:g} px is allowed"
             )
-        differences[contender.name] = difference
+        differences[candidate.name] = difference
     return differences
 
 

@@ -8,12 +8,12 @@ All have the same random weights and get the same images. About two minutes on t
 from collections.abc import Sequence
 
 from benchmarks.agreement import check_flows, estimate_flows
-from benchmarks.contenders import Contender, make_pairs
+from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.options import make_parser, open_device, save_results
 from benchmarks.rounds import compare_times, time_in_rounds
 
-CONTENDERS = [
-    Contender(library, size, precision)
+CANDIDATES = [
+    Candidate(library, size, precision)
     for size in ("large", "small")
     for library, precision in (("torchvision", "fp32"), ("ours", "fp32"), ("ours", "bf16"))
 ]
@@ -24,10 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     device, updates = open_device(arguments.device), arguments.num_flow_updates
     pixel_values = make_pairs(1, arguments.height, arguments.width)[0].to(device)
-    differences = check_flows(CONTENDERS, estimate_flows(CONTENDERS, pixel_values, updates))
-    calls = {contender.name: contender.inference(pixel_values, updates) for contender in CONTENDERS}
+    differences = check_flows(CANDIDATES, estimate_flows(CANDIDATES, pixel_values, updates))
+    calls = {candidate.name: candidate.inference(pixel_values, updates) for candidate in CANDIDATES}
     seconds = time_in_rounds(calls, arguments.runs, device)
-    peers = {contender.name: Contender("torchvision", contender.size).name for contender in CONTENDERS}
+    peers = {candidate.name: Candidate("torchvision", candidate.size).name for candidate in CANDIDATES}
     save_results(arguments.output, arguments, results=compare_times(seconds, peers, differences))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.agreement import check_flows, check_losses
-from benchmarks.bench_training import CONTENDERS, PEER
+from benchmarks.bench_training import CANDIDATES, PEER
 from benchmarks.cost import Cost, Job, measure
 from benchmarks.options import make_parser, positive, save_results
 from benchmarks.rounds import spread
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, runs=1, height=384, width=512, num_flow_updates=12)
     parser.add_argument("--batch_size", type=positive, default=2, help="pairs in a step (default: 2)")
     arguments = parser.parse_args(argv)
-    costs: dict[str, list[Cost]] = {contender.name: [] for contender in CONTENDERS}
+    costs: dict[str, list[Cost]] = {candidate.name: [] for candidate in CANDIDATES}
     for _ in range(arguments.runs):
-        for contender in CONTENDERS:
+        for candidate in CANDIDATES:
             job = Job(
-                contender,
+                candidate,
                 task="training",
                 batch=arguments.batch_size,
                 height=arguments.height,
@@ -38,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             cost = measure(job)
             if cost is None:
-                raise SystemExit(f"bench_memory: memory does not suffice for {contender.name}; try a smaller --height")
-            costs[contender.name].append(cost)
-            print(f"{contender.name}: {cost.peak_gb:.2f} GB")
-    differences = check_flows(CONTENDERS, {name: torch.from_numpy(taken[0].flow) for name, taken in costs.items()})
+                raise SystemExit(f"bench_memory: memory does not suffice for {candidate.name}; try a smaller --height")
+            costs[candidate.name].append(cost)
+            print(f"{candidate.name}: {cost.peak_gb:.2f} GB")
+    differences = check_flows(CANDIDATES, {name: torch.from_numpy(taken[0].flow) for name, taken in costs.items()})
     check_losses({name: taken[0].loss for name, taken in costs.items() if taken[0].loss is not None}, PEER.name)
 
     peaks = {name: [cost.peak_gb for cost in taken] for name, taken in costs.items()}
     rows = [
         {
-            "contender": name,
+            "candidate": name,
             "peak_gb": spread(own),
             "share": spread([ours / theirs for ours, theirs in zip(own, peaks[PEER.name], strict=True)]),
             "difference_px": differences[name],

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.agreement import check_flows, estimate_flows
-from benchmarks.contenders import Contender, make_pairs
+from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.cost import Cost, Job, measure
 from benchmarks.memory_needed import estimate_bytes, fits
 from benchmarks.options import image_side, make_parser, open_device, positive, save_results
@@ -28,11 +28,11 @@ from benchmarks.rounds import spread, time_in_rounds
 SIZES = ("256x256", "384x512", "440x1024", "720x1280", "1088x1920", "2176x3840")  # height x width
 UPDATES = (1, 2, 4, 8, 16, 32)
 TRAINING_UPDATES = (1, 4, 12, 24)
-PEER, DENSE = Contender("torchvision"), Contender("ours", options=("dense",))
-ON_DEMAND = Contender("ours", options=("on_demand",))
+PEER, DENSE = Candidate("torchvision"), Candidate("ours", options=("dense",))
+ON_DEMAND = Candidate("ours", options=("on_demand",))
 BY_PIXELS = [PEER, DENSE, ON_DEMAND]
 BY_UPDATES = [PEER, DENSE, ON_DEMAND]
-TRAINING = [PEER, DENSE, Contender("ours", options=("dense", "checkpointing"))]
+TRAINING = [PEER, DENSE, Candidate("ours", options=("dense", "checkpointing"))]
 ENOUGH_SECONDS = 20.0  # of calls that count: large images take less than small ones to be timed well
 
 
@@ -66,26 +66,26 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def measure_pixels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A point for every size and contender: its cost, or what it would need."""
+    """A point for every size and candidate: its cost, or what it would need."""
     points = []
     device = torch.device(arguments.device)
     for height, width in arguments.sizes:
         flows = {}
-        for contender in BY_PIXELS:
-            point = {"contender": contender.name, "height": height, "width": width}
+        for candidate in BY_PIXELS:
+            point = {"candidate": candidate.name, "height": height, "width": width}
             cost = None
             # On demand is what large images are for: it is tried, whatever is free.
-            if contender == ON_DEMAND or fits(contender, height, width, device):
+            if candidate == ON_DEMAND or fits(candidate, height, width, device):
                 job = Job(
-                    contender, "inference", 1, height, width, arguments.num_flow_updates,
+                    candidate, "inference", 1, height, width, arguments.num_flow_updates,
                     arguments.runs + 1, arguments.device, ENOUGH_SECONDS,
                 )  # fmt: skip
                 cost = measure(job)
             if cost is None:
-                point["needed_gb"] = estimate_bytes(contender, height, width) / 1e9
+                point["needed_gb"] = estimate_bytes(candidate, height, width) / 1e9
             else:
                 point |= costs_of(cost)
-                flows[contender.name] = torch.from_numpy(cost.flow)
+                flows[candidate.name] = torch.from_numpy(cost.flow)
             points.append(point)
             print(describe(point))
         add_differences(points[-len(BY_PIXELS) :], BY_PIXELS, flows)
@@ -93,17 +93,17 @@ def measure_pixels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A point for every number of updates and contender, of training steps on one pair."""
+    """A point for every number of updates and candidate, of training steps on one pair."""
     points = []
     height, width = arguments.height, arguments.width
     for updates in arguments.training_updates:
         flows = {}
-        for contender in TRAINING:
-            point = {"contender": contender.name, "num_flow_updates": updates}
-            cost = measure(Job(contender, "training", 1, height, width, updates, 2, arguments.device))
+        for candidate in TRAINING:
+            point = {"candidate": candidate.name, "num_flow_updates": updates}
+            cost = measure(Job(candidate, "training", 1, height, width, updates, 2, arguments.device))
             if cost is not None:  # otherwise it did not fit
                 point |= costs_of(cost)
-                flows[contender.name] = torch.from_numpy(cost.flow)
+                flows[candidate.name] = torch.from_numpy(cost.flow)
             points.append(point)
             print(describe(point))
         add_differences(points[-len(TRAINING) :], TRAINING, flows)
@@ -111,15 +111,15 @@ def measure_training(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_updates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A point for every number of updates and contender, of inference."""
+    """A point for every number of updates and candidate, of inference."""
     points = []
     device = open_device(arguments.device)
     pixel_values = make_pairs(1, arguments.height, arguments.width)[0].to(device)
     for updates in arguments.updates:
         differences = check_flows(BY_UPDATES, estimate_flows(BY_UPDATES, pixel_values, updates))
-        calls = {contender.name: contender.inference(pixel_values, updates) for contender in BY_UPDATES}
+        calls = {candidate.name: candidate.inference(pixel_values, updates) for candidate in BY_UPDATES}
         for name, seconds in time_in_rounds(calls, arguments.runs, device).items():
-            point = {"contender": name, "num_flow_updates": updates, "seconds": spread(seconds)}
+            point = {"candidate": name, "num_flow_updates": updates, "seconds": spread(seconds)}
             points.append(point | {"difference_px": differences[name]})
             print(describe(point))
     return points
@@ -129,20 +129,20 @@ def costs_of(cost: Cost) -> dict[str, Any]:
     return {"seconds": spread(cost.seconds), "first_gb": cost.first_gb, "peak_gb": cost.peak_gb}
 
 
-def add_differences(points: list[dict[str, Any]], contenders: list[Contender], flows: dict[str, torch.Tensor]) -> None:
-    """Note at each point how far its flow is from that of the first contender that had memory enough."""
-    differences = check_flows([contender for contender in contenders if contender.name in flows], flows)
+def add_differences(points: list[dict[str, Any]], candidates: list[Candidate], flows: dict[str, torch.Tensor]) -> None:
+    """Note at each point how far its flow is from that of the first candidate that had memory enough."""
+    differences = check_flows([candidate for candidate in candidates if candidate.name in flows], flows)
     for point in points:
-        point["difference_px"] = differences.get(point["contender"])
+        point["difference_px"] = differences.get(point["candidate"])
 
 
 def describe(point: dict[str, Any]) -> str:
     place = f"{point['height']} x {point['width']}" if "height" in point else f"{point['num_flow_updates']} updates"
     if "seconds" not in point:
         needed = point.get("needed_gb", math.nan)
-        return f"{point['contender']}, {place}: left out" + ("" if math.isnan(needed) else f", {needed:.0f} GB")
+        return f"{point['candidate']}, {place}: left out" + ("" if math.isnan(needed) else f", {needed:.0f} GB")
     memory = f", {point['peak_gb']:.2f} GB" if "peak_gb" in point else ""
-    return f"{point['contender']}, {place}: {point['seconds']['median']:.2f} s{memory}"
+    return f"{point['candidate']}, {place}: {point['seconds']['median']:.2f} s{memory}"
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ All have the same random weights, images and labels. About five minutes on two C
 from collections.abc import Sequence
 
 from benchmarks.agreement import check_flows, check_losses, estimate_flows
-from benchmarks.contenders import Contender, make_pairs
+from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.options import make_parser, open_device, positive, save_results
 from benchmarks.rounds import compare_times, time_in_rounds
 
-PEER = Contender("torchvision")
-CONTENDERS = [
+PEER = Candidate("torchvision")
+CANDIDATES = [
     PEER,
-    Contender("ours"),
-    Contender("ours", options=("checkpointing",)),
-    Contender("ours", precision="bf16"),
-    Contender("ours", precision="bf16", options=("checkpointing",)),
+    Candidate("ours"),
+    Candidate("ours", options=("checkpointing",)),
+    Candidate("ours", precision="bf16"),
+    Candidate("ours", precision="bf16", options=("checkpointing",)),
 ]
 
 
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, updates = open_device(arguments.device), arguments.num_flow_updates
     tensors = make_pairs(arguments.batch_size, arguments.height, arguments.width)
     pixel_values, labels = (tensor.to(device) for tensor in tensors)
-    differences = check_flows(CONTENDERS, estimate_flows(CONTENDERS, pixel_values, updates))
-    calls = {contender.name: contender.training_step(pixel_values, labels, updates) for contender in CONTENDERS}
+    differences = check_flows(CANDIDATES, estimate_flows(CANDIDATES, pixel_values, updates))
+    calls = {candidate.name: candidate.training_step(pixel_values, labels, updates) for candidate in CANDIDATES}
     check_losses({name: call().item() for name, call in calls.items()}, PEER.name)
     seconds = time_in_rounds(calls, arguments.runs, device)
     peers = dict.fromkeys(calls, PEER.name)

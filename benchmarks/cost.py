@@ -1,4 +1,4 @@
-"""Memory and time of one contender, alone in a process of its own."""
+"""Memory and time of one candidate, alone in a process of its own."""
 
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.contenders import Contender, make_pairs
+from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.options import open_device
 from benchmarks.own_process import in_new_process, peak_bytes, resident_bytes
 from benchmarks.rounds import seconds_of
@@ -21,7 +21,7 @@ class Job:
         enough_seconds: No further call that counts once those before it took so long together.
     """
 
-    contender: Contender
+    candidate: Candidate
     task: str
     batch: int
     height: int
@@ -72,9 +72,9 @@ def run_job(job: Job) -> Cost:
     before = _memory_in_use(device)
     pixel_values, labels = (tensor.to(device) for tensor in make_pairs(job.batch, job.height, job.width))
     if job.task == "training":
-        call = job.contender.training_step(pixel_values, labels, job.num_flow_updates)
+        call = job.candidate.training_step(pixel_values, labels, job.num_flow_updates)
     else:
-        call = job.contender.inference(pixel_values, job.num_flow_updates)
+        call = job.candidate.inference(pixel_values, job.num_flow_updates)
 
     results: list[torch.Tensor] = []
 
@@ -91,7 +91,7 @@ def run_job(job: Job) -> Cost:
     flow, loss = results[0], None
     if job.task == "training":  # what follows is no part of the step
         loss = flow.item()
-        flow = job.contender.inference(pixel_values, job.num_flow_updates)()
+        flow = job.candidate.inference(pixel_values, job.num_flow_updates)()
     return Cost(
         first_gb=(first_peak - before) / 1e9,
         peak_gb=(peak - before) / 1e9,

@@ -42,7 +42,7 @@ def positive(text: str) -> int:
 
 
 def image_side(text: str) -> int:
-    """Height or width of an image that every contender takes."""
+    """Height or width of an image that every candidate takes."""
     side = positive(text)
     if side % GRID or side < SMALLEST:
         raise argparse.ArgumentTypeError(f"must be a multiple of {GRID}, at least {SMALLEST}; got {side}")

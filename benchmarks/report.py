@@ -94,7 +94,7 @@ def as_markdown(reports: dict[str, Report]) -> str:
 
 def inference_table(report: Report) -> str:
     rows = [
-        [in_words(row["contender"]), shown(row["seconds"]), shown(row["times_as_fast"]), f"{row['difference_px']:.1g}"]
+        [in_words(row["candidate"]), shown(row["seconds"]), shown(row["times_as_fast"]), f"{row['difference_px']:.1g}"]
         for row in report["results"]
     ]
     head = ["", "seconds a pair", "times as fast as torchvision", "flow differs by at most, px"]
@@ -102,16 +102,16 @@ def inference_table(report: Report) -> str:
 
 
 def training_table(times: Report, memory: Report) -> str:
-    peaks = {row["contender"]: row for row in memory["results"]}
+    peaks = {row["candidate"]: row for row in memory["results"]}
     same = {"height", "width", "num_flow_updates", "batch_size", "device"}
     if any(times["settings"][key] != memory["settings"][key] for key in same):
         raise ValueError("training.json and memory.json have other settings: measure both again")
     rows = []
     for row in times["results"]:
-        peak = peaks[row["contender"]]
+        peak = peaks[row["candidate"]]
         rows.append(
             [
-                in_words(row["contender"]), shown(row["seconds"]), shown(row["times_as_fast"]),
+                in_words(row["candidate"]), shown(row["seconds"]), shown(row["times_as_fast"]),
                 shown(peak["peak_gb"]), f"{peak['share']['median']:.0%}",
             ]
         )  # fmt: skip
@@ -126,15 +126,15 @@ def on_demand_table(report: Report) -> str:
     rows = []
     for row in report["results"]:
         times = shown(row["times_as_fast"])
-        rows.append([in_words(row["contender"]), size, shown(row["seconds"]), times, f"{row['first_gb']:.1f}"])
+        rows.append([in_words(row["candidate"]), size, shown(row["seconds"]), times, f"{row['first_gb']:.1f}"])
         rows[-1].append(f"{row['peak_gb']:.1f}")
     for row in report["left_out"]:
-        rows.append([in_words(row["contender"]), size, "", "", f"would take about {row['needed_gb']:.0f}", ""])
+        rows.append([in_words(row["candidate"]), size, "", "", f"would take about {row['needed_gb']:.0f}", ""])
     largest, settings = report["largest"], report["settings"]
     large_size = size_in_words(*settings["largest"])
-    rows.append([in_words(largest["contender"]), large_size, f"{largest['seconds']:.1f}", "", ""])
+    rows.append([in_words(largest["candidate"]), large_size, f"{largest['seconds']:.1f}", "", ""])
     rows[-1][4:] = [f"{largest['first_gb']:.1f}", ""]
-    peer = next((row["contender"] for row in report["results"]), "")
+    peer = next((row["candidate"] for row in report["results"]), "")
     ratio = "times as fast as torchvision" if peer.startswith("torchvision") else "times as fast as the first"
     head = ["", "size", "seconds a pair", ratio, "memory, one pair, GB", "and pairs after it, GB"]
     updates = settings["num_flow_updates"]
@@ -165,7 +165,7 @@ def largest_difference(reports: dict[str, Report]) -> float:
     """Of all flow in float32, pixels."""
     series = [reports[name]["results"] for name in ("inference", "training", "memory", "on_demand")]
     series += [reports["scaling"][name] for name in ("pixels", "updates", "training")]
-    rows = [row for rows in series for row in rows if "fp32" in row["contender"]]
+    rows = [row for rows in series for row in rows if "fp32" in row["candidate"]]
     return max(row["difference_px"] for row in rows if row.get("difference_px") is not None)
 
 
@@ -179,9 +179,9 @@ def size_in_words(height: int, width: int) -> str:
     return f"{height}x{width}"
 
 
-def in_words(contender: str) -> str:
-    """A contender's name as a reader says it."""
-    library, size, precision, *options = contender.split(" ")
+def in_words(candidate: str) -> str:
+    """A candidate's name as a reader says it."""
+    library, size, precision, *options = candidate.split(" ")
     words = {"checkpointing": "activation checkpointing", "on_demand": "on demand"}
     names = ["torchvision" if library == "torchvision" else "this project", size, precision]
     return ", ".join([*names, *(words.get(option, option) for option in options)])

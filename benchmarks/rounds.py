@@ -41,7 +41,7 @@ def times_as_fast(own: list[float], peer: list[float]) -> dict[str, float]:
 def compare_times(
     seconds: Mapping[str, list[float]], peers: Mapping[str, str], differences: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """A row of results for each contender, printed, too.
+    """A row of results for each candidate, printed, too.
 
     Args:
         seconds: As `time_in_rounds` gives them.
@@ -51,7 +51,7 @@ def compare_times(
     rows: list[dict[str, Any]] = []
     for name, own in seconds.items():
         taken, times = spread(own), times_as_fast(own, seconds[peers[name]])
-        rows.append({"contender": name, "seconds": taken, "times_as_fast": times, "difference_px": differences[name]})
+        rows.append({"candidate": name, "seconds": taken, "times_as_fast": times, "difference_px": differences[name]})
         print(
             f"{name}: {taken['median']:.3f} s, {times['median']:.2f} times as fast "
             f"({times['lowest']:.2f} to {times['highest']:.2f}), flow differs by {differences[name]:.2g} px at most"

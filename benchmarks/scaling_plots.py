@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 PANEL_SIZE = (5.0, 3.8)  # inches, width and height
-LOOKS = {  # colour, marker and label of each contender, the same in every panel
+LOOKS = {  # colour, marker and label of each candidate, the same in every panel
     "torchvision large fp32": ("C7", "s", "torchvision"),
     "ours large fp32 dense": ("C0", "o", "this project, dense"),
     "ours large fp32 on_demand": ("C2", "^", "this project, on demand"),
@@ -53,9 +53,9 @@ def _new_figure(panels: int) -> Figure:
 
 
 def _draw(axes: Axes, points: list[dict[str, Any]], key: str) -> None:
-    """A line for each contender through the points at which it was measured; bars are lowest to highest."""
+    """A line for each candidate through the points at which it was measured; bars are lowest to highest."""
     for name, (color, marker, label) in LOOKS.items():
-        measured = sorted((p for p in points if p["contender"] == name and key in p), key=lambda point: point["x"])
+        measured = sorted((p for p in points if p["candidate"] == name and key in p), key=lambda point: point["x"])
         if not measured:
             continue
         x = [point["x"] for point in measured]

@@ -1,4 +1,4 @@
-"""Benchmarks: contenders compute the same, figures arrive where readers find them, and nothing else moves."""
+"""Benchmarks: candidates compute the same, figures arrive where readers find them, and nothing else moves."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from benchmarks import bench_accuracy, bench_data, bench_inference, bench_on_demand, bench_scaling, cost, report
 from benchmarks.agreement import check_flows, check_losses, estimate_flows
-from benchmarks.contenders import Contender, make_pairs
+from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.cost import Job
 from benchmarks.machine import describe_machine, machine_in_words
 from benchmarks.made_up_data import write_pairs
@@ -22,7 +22,7 @@ from flow_training.evaluation import PROTOCOLS, evaluate
 from modeling_raft import RaftConfig, RaftForOpticalFlow
 
 CPU = torch.device("cpu")
-PEER = Contender("torchvision", "small")
+PEER = Candidate("torchvision", "small")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def three(value: float) -> dict[str, float]:
 
 
 def row(name: str, **figures) -> dict:
-    return {"contender": name, "difference_px": 4e-6} | figures
+    return {"candidate": name, "difference_px": 4e-6} | figures
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def results(tmp_path):
     names = ["torchvision large fp32", "ours large fp32"]
     timed = [row(name, seconds=three(2.5), times_as_fast=three(1.25)) for name in names]
     point = {"seconds": three(0.5), "first_gb": 1.5, "peak_gb": 2.5, "difference_px": 2e-5}
-    dense = {"contender": "ours large fp32 dense"}
+    dense = {"candidate": "ours large fp32 dense"}
     reports = {
         "inference": {"settings": settings, "results": timed},
         "training": {"settings": settings | {"batch_size": 2}, "results": timed},
@@ -62,14 +62,14 @@ def results(tmp_path):
             "settings": settings | {"largest": [2176, 3840]},
             "results": [row("ours large fp32 on_demand", seconds=three(7.5), times_as_fast=three(1.0),
                             first_gb=1.25, peak_gb=1.75)],
-            "left_out": [{"contender": names[0], "needed_gb": 15.2}],
-            "largest": {"contender": "ours large fp32 on_demand", "seconds": 70.25, "first_gb": 6.5,
+            "left_out": [{"candidate": names[0], "needed_gb": 15.2}],
+            "largest": {"candidate": "ours large fp32 on_demand", "seconds": 70.25, "first_gb": 6.5,
                         "torchvision_needs_gb": 232},
         },
         "scaling": {
             "settings": settings,
             "pixels": [dense | point | {"height": 256, "width": 256}, dense | point | {"height": 512, "width": 512},
-                       {"contender": names[0], "height": 256, "width": 256, "needed_gb": 99.0, "difference_px": None}],
+                       {"candidate": names[0], "height": 256, "width": 256, "needed_gb": 99.0, "difference_px": None}],
             "updates": [dense | {"num_flow_updates": 4, "seconds": three(1), "difference_px": 3e-5}],
             "training": [row(names[0], num_flow_updates=4, seconds=three(1), first_gb=1.0, peak_gb=2.0)],
         },
@@ -138,27 +138,27 @@ def test_a_readme_without_one_pair_of_markers_is_refused(text):
         report.put_between_markers(text, "block")
 
 
-def test_contenders_compute_the_same():
-    contenders = [PEER, Contender("ours", "small"), Contender("ours", "small", options=("on_demand",))]
-    contenders.append(Contender("ours", "small", options=("dense",)))
+def test_candidates_compute_the_same():
+    candidates = [PEER, Candidate("ours", "small"), Candidate("ours", "small", options=("on_demand",))]
+    candidates.append(Candidate("ours", "small", options=("dense",)))
     pixel_values, labels = make_pairs(1, 128, 128)
-    flows = estimate_flows(contenders, pixel_values, 2)
-    assert max(check_flows(contenders, flows).values()) < 1e-3
-    flows[contenders[1].name] = flows[contenders[1].name] + 0.01
+    flows = estimate_flows(candidates, pixel_values, 2)
+    assert max(check_flows(candidates, flows).values()) < 1e-3
+    flows[candidates[1].name] = flows[candidates[1].name] + 0.01
     with pytest.raises(ValueError, match="do not compute the same"):
-        check_flows(contenders, flows)
-    flows[contenders[1].name] *= torch.nan
+        check_flows(candidates, flows)
+    flows[candidates[1].name] *= torch.nan
     with pytest.raises(ValueError, match="do not compute the same"):
-        check_flows(contenders, flows)
-    losses = {c.name: c.training_step(pixel_values, labels, 2)().item() for c in contenders[:2]}
+        check_flows(candidates, flows)
+    losses = {c.name: c.training_step(pixel_values, labels, 2)().item() for c in candidates[:2]}
     check_losses(losses, PEER.name)
     with pytest.raises(ValueError, match="has the loss"):
         check_losses(losses | {"ours": 1.1 * losses[PEER.name]}, PEER.name)
 
 
 def test_a_benchmark_from_its_flags_to_its_file(tmp_path, monkeypatch):
-    contenders = [PEER, Contender("ours", "small"), Contender("ours", "small", "bf16")]
-    monkeypatch.setattr(bench_inference, "CONTENDERS", contenders)
+    candidates = [PEER, Candidate("ours", "small"), Candidate("ours", "small", "bf16")]
+    monkeypatch.setattr(bench_inference, "CANDIDATES", candidates)
     output = tmp_path / "new" / "inference.json"
     flags = {"runs": 1, "height": 128, "width": 128, "num_flow_updates": 1}
     bench_inference.main(
@@ -168,8 +168,8 @@ def test_a_benchmark_from_its_flags_to_its_file(tmp_path, monkeypatch):
     written = json.loads(output.read_text())
     assert flags.items() <= written["settings"].items()
     assert written["machine"].keys() == describe_machine().keys()
-    rows = {row["contender"]: row for row in written["results"]}
-    assert list(rows) == [contender.name for contender in contenders]
+    rows = {row["candidate"]: row for row in written["results"]}
+    assert list(rows) == [candidate.name for candidate in candidates]
     assert rows["torchvision small fp32"]["times_as_fast"]["median"] == 1
     assert all(row["seconds"]["median"] > 0 for row in rows.values())
     report.inference_table(written)
@@ -197,7 +197,7 @@ def test_flags_that_make_no_sense_are_refused_by_name(benchmark, flags, message,
 
 def test_what_cannot_fit_is_left_out(monkeypatch):
     """torchvision took 8.4 GB for one pair of 1088x1920, and more for the next one."""
-    on_demand, large = Contender("ours", options=("on_demand",)), Contender("torchvision")
+    on_demand, large = Candidate("ours", options=("on_demand",)), Candidate("torchvision")
     assert 8.4e9 < estimate_bytes(large, 1088, 1920) < 20e9
     assert fits(large, 1088, 1920, CPU, free=20 * 10**9) and not fits(large, 1088, 1920, CPU, free=8 * 10**9)
     assert not fits(large, 2176, 3840, CPU, free=85 * 10**9)
@@ -207,7 +207,7 @@ def test_what_cannot_fit_is_left_out(monkeypatch):
     done = []
 
     def run_here(function, job):
-        done.append(job.contender)
+        done.append(job.candidate)
         return cost.run_job(job)
 
     monkeypatch.setattr(cost, "in_new_process", run_here)
@@ -231,7 +231,7 @@ def test_a_process_that_runs_out_of_memory_leaves_no_figure(monkeypatch):
 
 @pytest.mark.slow
 def test_a_figure_comes_from_a_process_of_its_own():
-    job = Job(Contender("ours", "small", options=("checkpointing",)), "training", 1, 128, 128, 2, calls=3)
+    job = Job(Candidate("ours", "small", options=("checkpointing",)), "training", 1, 128, 128, 2, calls=3)
     block = torch.ones(2**30, dtype=torch.uint8)  # of this process: it must not count
     found = cost.measure(job)
     del block

@@ -14,7 +14,7 @@ GAMMA, MAX_FLOW = 0.8, 400.0
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A way to compute the same flow.
 
     Attributes:
@@ -35,7 +35,7 @@ class Contender:
         return " ".join([self.library, self.size, self.precision, *self.options])
 
     def make_model(self) -> torch.nn.Module:
-        """The model with random weights, the same for every contender of a size."""
+        """The model with random weights, the same for every candidate of a size."""
         torch.manual_seed(0)
         peer = (raft_large if self.size == "large" else raft_small)()
         if self.library == "torchvision":
