@@ -239,6 +239,9 @@ def train(run: Run, batches: Iterable[Any]) -> None:
     logger.bar.close()
     if run.schedule.last_epoch == 0:
         raise NothingLearnedError("every step was skipped, because its gradients overflowed in fp16: use bf16, or no")
+    if run.validation and not run.reports:  # a finished run was resumed: its card still needs the metrics
+        run.reports = evaluate_sets(published_model(run), run.validation, accelerator)
+        run.reports_step = progress.step
 
 
 def finish(run: Run) -> None:
@@ -248,9 +251,6 @@ def finish(run: Run) -> None:
         OSError: It cannot be written.
     """
     accelerator, output_dir = run.accelerator, Path(run.config.output_dir)
-    if run.validation and not run.reports:  # a finished run was resumed: its card still needs the metrics
-        run.reports = evaluate_sets(published_model(run), run.validation, accelerator)
-        run.reports_step = run.progress.step
     if accelerator.is_main_process:
         write_run(output_dir, published_model(run), run_record(run))
         print(f"weights, model card and log are in {output_dir}")
