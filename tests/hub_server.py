@@ -1,7 +1,7 @@
-"""A small Hub on the loopback address: enough of its HTTP interface for real clients in tests, with faults to order.
+"""A small Hub on the loopback address: enough of its HTTP interface for real clients in tests, with errors on demand.
 
-It keeps repositories in memory, one branch each, and records every request. Clients are told its address in
-HF_ENDPOINT; see `Hub.environment`.
+It keeps repositories in memory, one branch each, and records every request. Clients find its
+address in HF_ENDPOINT; see `Hub.environment`.
 """
 
 import base64
@@ -41,9 +41,9 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         repos: (kind, user/name) -> repository; kind is "dataset" or "model".
         requests: "METHOD path" of every request so far, the query left out.
-        fault: called with each such text; an HTTP status that it returns is answered instead of the truth. Clients are
-            asked to try again soon, where they do.
-        delay: called likewise; so many seconds pass before the answer.
+        error_status: Called with each such text; returns the HTTP status of an error to answer with, or None. Clients
+            that retry are asked to do so at once.
+        delay: Called with each such text; returns the seconds to wait before the answer.
     """
 
     daemon_threads = True
@@ -53,7 +53,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}  # large files, by their SHA-256
         self.requests: list[str] = []
-        self.fault: Callable[[str], int | None] = lambda request: None
+        self.error_status: Callable[[str], int | None] = lambda request: None
         self.delay: Callable[[str], float] = lambda request: 0.0
         self.lock = threading.Lock()
 
@@ -96,10 +96,10 @@ class Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {path}"
         with self.server.lock:
             self.server.requests.append(request)
-            status = self.server.fault(request)
+            status = self.server.error_status(request)
         time.sleep(self.server.delay(request))
         if status is not None:
-            return self._json({"error": f"fault {status} to order"}, status, headers={"Retry-After": "0"})
+            return self._json({"error": f"error {status} on demand"}, status, headers={"Retry-After": "0"})
         for method, pattern, answer in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split("|"):

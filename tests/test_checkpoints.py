@@ -1,4 +1,4 @@
-"""Which checkpoint is the latest, and what the log keeps when a run goes on."""
+"""Which checkpoint is the latest, and what the log keeps when a run is resumed."""
 
 import json
 from pathlib import Path

@@ -72,7 +72,7 @@ def start(path: Path, *argv: str, output: Path) -> subprocess.Popen:
 
 @pytest.fixture(autouse=True)
 def no_leftovers():
-    """A test that fails leaves no training behind that nobody waits for."""
+    """Kill the training processes that a failed test has left."""
     yield
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -238,7 +238,7 @@ def test_a_stage_that_fails_ends_the_curriculum(second_to_do):
     assert "stage 3" not in output and not (second_to_do.parent / "outputs" / "third").exists()
 
 
-# Stand-ins for train_flow.py
+# Scripts in the place of train_flow.py
 
 
 def stand_in(monkeypatch, tmp_path: Path, text: str) -> Path:
@@ -394,7 +394,7 @@ def test_plan_of_the_paper(monkeypatch, capsys, tmp_path):
     ("steps", "every", "limit", "kept", "at_once"),
     [
         (10, 3, None, [3, 6, 9], 3),
-        (10, 3, 1, [9], 2),  # the oldest goes when the new one is whole
+        (10, 3, 1, [9], 2),  # the oldest is removed when the new one is complete
         (10, 3, 3, [3, 6, 9], 3),
         (10, 3, 9, [3, 6, 9], 3),
         (10, 5, 1, [10], 2),

@@ -171,7 +171,7 @@ def launch(*arguments: object) -> None:
 
 
 def test_metrics_are_those_of_the_written_flow(model_dir, sintel, tmp_path):
-    """Every figure again, in plain numpy, from files."""
+    """Every metric again, in plain numpy, from files."""
     common = f"--model {model_dir} --dataset sintel_clean --data_dir {sintel} --num_flow_updates 2 --split training"
     run(common, f"--output {tmp_path / 'report.json'}")
     run(common, f"--submission {tmp_path}")

@@ -1,4 +1,4 @@
-"""Kills, signals, full disks, damaged data and changed settings: a run loses nothing, and says what happened."""
+"""Kills, signals, full disks, damaged data and changed settings: a run loses nothing, and reports what happened."""
 
 import errno
 import os
@@ -226,7 +226,7 @@ def test_the_death_of_a_launcher_is_a_signal(tmp_path):
 
 
 def start_below_launcher(output_dir: Path, processes: int, **settings: str | None) -> subprocess.Popen:
-    """Start a run as the README says, in a process group of its own."""
+    """Start a run with `accelerate launch`, in a process group of its own."""
     argv = command(output_dir, processes=processes, **settings | {"validation_sets": None})
     if processes == 1:
         argv[1:1] = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -237,7 +237,7 @@ def start_below_launcher(output_dir: Path, processes: int, **settings: str | Non
 
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])
 def test_repeated_signals_to_all_processes_save_the_step(tmp_path, processes, number):
-    """Ctrl-C reaches the launcher, too, whose death is a SIGTERM to the trainer; that of several tells it again."""
+    """Ctrl-C reaches the launcher, too: its death is a SIGTERM to one trainer, and to several it forwards it."""
     slow = {"max_train_steps": "1000", "num_flow_updates": "60", "checkpointing_steps": "1000"}
     process = start_below_launcher(tmp_path / "run", processes, **SETTINGS | slow)
     wait_for_step(process, tmp_path / "run", 2)

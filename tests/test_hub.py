@@ -97,7 +97,7 @@ def test_a_metric_over_no_pixel_is_no_result(tmp_path):
 
 
 def test_lineage_goes_back_through_the_stages(tmp_path):
-    """Each stage starts from the folder of the one before, which is trained anew, or removed, later."""
+    """Each stage starts from the folder of the one before, which is trained again, or removed, later."""
     write(tmp_path / "chairs", mix="{flying_chairs: 1}")
     write(tmp_path / "things", "--model_name_or_path", str(tmp_path / "chairs"), mix="{flying_things_clean: 1}")
     write(tmp_path / "chairs", "--model_name_or_path", "user/other", mix="{synthetic: 1}")

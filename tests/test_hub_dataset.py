@@ -147,12 +147,12 @@ def test_an_upload_that_breaks_off_goes_on(hub, tmp_path, root):
             return 403 if len(puts) == 2 else None
         return None
 
-    hub.fault = fail_second_upload
+    hub.error_status = fail_second_upload
     result = publish(hub, tmp_path, "pairs", root, "--max_shard_bytes", "200000")
     assert result.returncode == 1
     assert "run it again to go on" in result.stderr and "Traceback" not in result.stderr
     assert "README.md" not in files_of(hub)  # nothing half is shown
-    hub.fault = lambda request: None
+    hub.error_status = lambda request: None
     hub.requests.clear()
     result = publish(hub, tmp_path, "pairs", root, "--max_shard_bytes", "200000")
     assert result.returncode == 0, result.stderr
@@ -163,7 +163,7 @@ def test_an_upload_that_breaks_off_goes_on(hub, tmp_path, root):
 @pytest.mark.slow
 @pytest.mark.parametrize(("status", "said"), [(401, "user/pairs"), (403, "user/pairs")])
 def test_a_refused_token_shows_before_any_work(hub, tmp_path, root, status, said):
-    hub.fault = lambda request: status if request == "POST /api/repos/create" else None
+    hub.error_status = lambda request: status if request == "POST /api/repos/create" else None
     result = publish(hub, tmp_path, "pairs", root)
     assert result.returncode == 1 and "cannot create the data set" in result.stderr and said in result.stderr
     assert "Traceback" not in result.stderr and not any("PUT" in request for request in hub.requests)
@@ -394,10 +394,10 @@ def test_round_trip_over_the_server(published, root, tmp_path, how):
 @pytest.mark.slow
 def test_a_downloaded_data_set_is_read_offline(published, tmp_path):
     assert run(published, tmp_path, "-c", READ_ALL, "downloaded").returncode == 0
-    published.fault = lambda request: 401
+    published.error_status = lambda request: 401
     again = run(published, tmp_path, "-c", READ_ALL, "downloaded")
     streamed = run(published, tmp_path, "-c", READ_ALL, "streaming")
-    published.fault = lambda request: None
+    published.error_status = lambda request: None
     assert again.returncode == 0 and len(json.loads(again.stdout)) == NUM_PAIRS, again.stderr
     assert streamed.returncode == 1 and "OSError: dataset_name: cannot read user/pairs" in streamed.stderr
     assert "without --streaming" in streamed.stderr
@@ -413,12 +413,12 @@ def test_streaming_rides_out_a_hiccup_and_names_what_lasts(published, tmp_path):
             return 503
         return None
 
-    published.fault = hiccup
+    published.error_status = hiccup
     result = run(published, tmp_path, "-c", READ_ALL, "streaming")
     assert result.returncode == 0 and failed, result.stderr
-    published.fault = lambda request: 403 if request.startswith("GET") and ".parquet" in request else None
+    published.error_status = lambda request: 403 if request.startswith("GET") and ".parquet" in request else None
     result = run(published, tmp_path, "-c", READ_ALL, "streaming")
-    published.fault = lambda request: None
+    published.error_status = lambda request: None
     assert result.returncode == 1 and "OSError: dataset_name: cannot read user/pairs" in result.stderr
 
 

@@ -95,7 +95,7 @@ def published(tmp_path_factory):
         hub.repos["model", "user/slow"] = Repo([(sha_of("slow"), files["new"])])
         hub.repos["model", "user/failing"] = Repo([(sha_of("failing"), files["new"])])
         hub.delay = lambda request: 2.0 if request.startswith("GET /user/slow") and "safetensors" in request else 0.0
-        hub.fault = lambda request: 403 if "user/failing" in request else None
+        hub.error_status = lambda request: 403 if "user/failing" in request else None
         yield SimpleNamespace(hub=hub, folder=root / "new", executed=root / "executed", files=files)
 
 
@@ -223,7 +223,7 @@ report["never"] = refusal(lambda: load_raft("user/never"))
 
 @pytest.fixture(scope="module")
 def owner(published, place):
-    """Likewise with the package: first from the folders that were published, `local_*`, then over the server."""
+    """With the package installed, too: first from the folders that were published, `local_*`, then over the server."""
     return run(published.hub, place, COMMON + OWNER + FINISH, OLD=OLD, PUBLISHED=str(published.folder.parent))
 
 

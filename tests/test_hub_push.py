@@ -101,7 +101,7 @@ def runs(tmp_path_factory):
             return 401
         return 500 if failing.puts > 2 and request.startswith("PUT /lfs") else None
 
-    well.delay, failing.fault, refusing.fault = slow, fail, lambda request: 401
+    well.delay, failing.error_status, refusing.error_status = slow, fail, lambda request: 401
     with well, failing, refusing:
         gone.__enter__()
         every_save = ["--hub_strategy", "every_save", "--hub_token", TOKEN]
@@ -217,8 +217,8 @@ def test_failed_uploads_are_reported_and_a_failed_last_one_sets_the_exit_code(ru
     refused = push(runs["failing"], [*argv, "--token", TOKEN], tmp_path)
     assert refused.returncode == pushing.UPLOAD_FAILED and "Traceback" not in refused.stderr
     assert "401" in refused.stderr and "hf auth login" in refused.stderr and TOKEN not in refused.stderr
-    faults = [500]
-    runs["failing"].fault = lambda request: faults.pop() if "PUT" in request and faults else None
+    errors_left = [500]
+    runs["failing"].error_status = lambda request: errors_left.pop() if "PUT" in request and errors_left else None
 
     later = push(runs["failing"], argv, tmp_path)  # a hiccup on the way is overcome
     assert later.returncode == 0 and "500" in later.stderr and "[Retry 1/5]" in later.stderr, later.stderr
@@ -234,7 +234,7 @@ def test_a_refused_token_is_one_line_and_leaves_no_folder(runs):
 
 
 def test_kills_and_signals_cancel_an_upload_and_remove_its_copy(tmp_path):
-    """The Hub does not answer while an upload goes on in the background."""
+    """The Hub does not answer while an upload runs in the background."""
     output_dir = tmp_path / "run"
     settings = {"max_train_steps": "1000", "validation_sets": None}
     switches = ["--hub_strategy", "every_save", "--resume_from_checkpoint", "auto"]
@@ -293,7 +293,10 @@ def test_the_push_command_says_what_is_wrong(tmp_path):
             assert len(result.stderr.splitlines()) == 1 and not hub.requests
         for name in pushing.FINISHED_FILES:
             (tmp_path / "run" / name).write_text("")
-        hub.delay, hub.fault = lambda request: 0.0, lambda request: 403 if re.search("create|auth", request) else None
+        hub.delay, hub.error_status = (
+            lambda request: 0.0,
+            lambda request: 403 if re.search("create|auth", request) else None,
+        )
         hub.repos["model", "user/theirs"] = Repo()  # a token that may read finds it, so there is nothing to create
         result = push(hub, [*program, str(tmp_path / "run"), "user/theirs"], tmp_path)
         assert result.returncode == pushing.UPLOAD_FAILED and "hf auth login" in result.stderr, result.stderr

@@ -1,4 +1,4 @@
-"""Launching on several processes and machines, in real processes; and the files that say how."""
+"""Launching on several processes and machines, in real processes; and the files for accelerate that configure it."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from modeling_raft import RaftForOpticalFlow
 
 ACCELERATE = PROJECT / "configs" / "accelerate"
 FILES = sorted(ACCELERATE.glob("*.yaml"))
-CPU = ["--mixed_precision", "no"]  # there is no fp16 on a CPU; environment() says that there is no GPU
+CPU = ["--mixed_precision", "no"]  # there is no fp16 on a CPU; environment() hides the GPU
 
 
 def launch(config: str, options: list[str], argv: list[str]) -> subprocess.Popen:
@@ -159,7 +159,7 @@ def written_commands(path: Path) -> str:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_files_leave_no_option_to_a_guess(path, caplog, monkeypatch):
     """Whatever is left open, `accelerate launch` would warn of, or guess from the machine."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # else it says how many threads it takes
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # else it prints how many threads it takes
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "train_flow.py"])
     arguments, _, _ = _validate_launch_command(arguments)
     assert not [record for record in caplog.records if "defaults used instead" in record.message]
@@ -185,7 +185,7 @@ def test_one_machine(config, options, one_process, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_on_several_processes(one_process, tmp_path):
-    """As the file says it, but for the GPUs."""
+    """With the settings of the file, on CPUs."""
     (printed,) = finish(
         launch("gpus_bf16.yaml", ["--main_process_port", str(free_port())], flags(tmp_path / "run", **SETTINGS))
     )
@@ -234,7 +234,7 @@ def test_two_machines_do_what_one_process_does(one_process, tmp_path):
 
 @pytest.mark.slow
 def test_machines_that_share_no_folder_are_refused(tmp_path):
-    """They would save checkpoints from which nobody can go on."""
+    """They would save checkpoints from which no run can resume."""
     processes = launch_machines([tmp_path / "one", tmp_path / "two"])
     try:
         printed = [process.communicate(timeout=120)[0] for process in processes]

@@ -53,7 +53,7 @@ def test_saturation_touches_only_what_float16_cannot_hold():
     torch.testing.assert_close(
         relu_saturating(x.half()), F.relu(x.half()).clamp(max=FLOAT16_MAX), rtol=0, atol=0, equal_nan=True
     )
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):  # an infinity there is a fault: let it show
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):  # an infinity there is an error, and must be visible
         torch.testing.assert_close(cast_saturating(x, dtype), x.to(dtype), rtol=0, atol=0, equal_nan=True)
         positive = relu_saturating(x.to(dtype, copy=True))
         torch.testing.assert_close(positive, F.relu(x.to(dtype)), rtol=0, atol=0, equal_nan=True)
@@ -230,12 +230,12 @@ def test_published_weights_on_a_real_pair(weights, sample_data, sample_weights):
             assert 0 < difference < limit
 
 
-# ---- whole runs ----
+# ---- complete runs ----
 
 
 @pytest.mark.slow
 def test_bf16_learns_a_pair_as_float32_does(tmp_path):
-    """Real processes, one synthetic pair over and over (only its colours change)."""
+    """Real processes, one synthetic pair over and over (only its colors change)."""
     losses = {}
     for precision in ("no", "bf16"):
         result = train(

@@ -1,4 +1,4 @@
-"""Out of memory is one line that says what was tried and what helps, whichever library ran out, in every program."""
+"""Running out of memory is one line with what was attempted and what helps, in every program, for every library."""
 
 import errno
 import os

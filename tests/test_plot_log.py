@@ -1,4 +1,4 @@
-"""Curves of runs: what is drawn is what the logs say."""
+"""Curves of runs: what is drawn is what is in the logs."""
 
 import json
 import math

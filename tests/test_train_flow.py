@@ -1,4 +1,4 @@
-"""train_flow.py from the outside: whole runs, in real processes."""
+"""train_flow.py from the outside: complete runs, in real processes."""
 
 import json
 import math
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
-    """A whole run with everything on: validation, checkpoints, TensorBoard, noise, accumulation."""
+    """A complete run with everything on: validation, checkpoints, TensorBoard, noise, accumulation."""
     output_dir = tmp_path_factory.mktemp("runs") / "finished"
     result = train(
         output_dir,
@@ -70,9 +70,9 @@ def test_tensorboard_has_metrics_and_images(finished_run):
     events = EventAccumulator(str(finished_run / "logs"), size_guidance={"images": 0})
     events.Reload()
     assert {"loss", "epe", "validation/synthetic/epe"} <= set(events.Tags()["scalars"])
-    pictures = events.Images("validation/synthetic")
-    assert [picture.step for picture in pictures] == [2, 4]
-    assert (pictures[0].height, pictures[0].width) == (72, 4 * 88 + 3 * 4)  # frame, truth, prediction, error
+    images = events.Images("validation/synthetic")
+    assert [image.step for image in images] == [2, 4]
+    assert (images[0].height, images[0].width) == (72, 4 * 88 + 3 * 4)  # frame, ground truth, prediction, error
 
 
 @pytest.mark.parametrize(("processes", "per_device"), [(1, "1"), (2, "2")])
@@ -113,7 +113,7 @@ def test_model_card_describes_the_run(finished_run):
 
 
 def test_resumed_equals_uninterrupted(finished_run, tmp_path):
-    """Stopped between checkpoints, gone on with other workers: the same log and the same weights, bit by bit."""
+    """Stopped between checkpoints, resumed with other workers: the same log and the same weights, bit by bit."""
     output_dir = tmp_path / "run"
     shared = {
         "validation_sets": "synthetic",
@@ -215,7 +215,7 @@ def test_a_split_without_ground_truth_is_refused_at_the_start(tmp_path):
 
 
 def test_fine_tunes_from_a_folder_on_files(finished_run, tmp_path):
-    """A data set on disk with sparse truth; the run's settings win over those of the weights."""
+    """A data set on disk with sparse ground truth; the run's settings win over those of the weights."""
     data = tmp_path / "data" / "KITTI" / "training"
     rng = np.random.default_rng(0)
     for folder in ("image_2", "flow_occ"):

@@ -35,7 +35,7 @@ TINY_RUN = {
 
 
 def flags(output_dir: Path, *switches: str, **settings: str | None) -> list[str]:
-    """The tiny run's flags, changed as told; a setting that is None is left out."""
+    """The flags of the tiny run, with some settings changed; a setting that is None is left out."""
     argv = ["--output_dir", str(output_dir), *switches]
     for key, value in (TINY_RUN | settings).items():
         if value is not None:
@@ -46,7 +46,7 @@ def flags(output_dir: Path, *switches: str, **settings: str | None) -> list[str]
 def command(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> list[str]:
     """The command line of a run in processes of its own."""
     argv = [sys.executable, str(PROJECT / "train_flow.py")]
-    if processes > 1:  # with --cpu instead, accelerate would run one process and say nothing
+    if processes > 1:  # with --cpu instead, accelerate would silently run one process
         launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         argv[1:1] = [*launch, "--main_process_port", str(free_port())]
     return argv + flags(output_dir, *switches, **settings)
