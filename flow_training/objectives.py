@@ -45,9 +45,10 @@ def supervised(model: Any, batch: dict[str, Tensor], config: TrainingConfig) -> 
     The loss is computed in the model's forward pass, where most activations of upsampling need not be kept. The errors
     are over the pixels that the loss counts: valid, and moving less than `max_flow` pixels.
     """
-    output = model(**batch, num_flow_updates=config.num_flow_updates)
-    counted = batch["valid"] & (flow_length(batch["labels"]) < config.max_flow)
-    totals = error_sums(output.flow.detach(), batch["labels"], counted).sum(0)
+    labels, valid = batch["labels"], batch["valid"]
+    output = model(batch["pixel_values"], labels=labels, valid=valid, num_flow_updates=config.num_flow_updates)
+    counted = valid & (flow_length(labels) < config.max_flow)
+    totals = error_sums(output.flow.detach(), labels, counted).sum(0)
     errors = dict(zip(ERROR_SUMS, totals.unbind(), strict=True))
     del errors["fl_all"]  # of interest on whole images only
     return ObjectiveOutput(output.loss, errors)
