@@ -22,26 +22,25 @@ from accelerate.utils import patch_environment
 from PIL import Image
 from tqdm.auto import tqdm
 
+from flow_data.datasets import DATASETS, SUBMISSIONS, Protocol, check_split, load_source
 from flow_data.features import to_sample
 from flow_data.flow_io import describe_loss
 from flow_data.images import undecoded
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.pictures import stack_rows
-from flow_data.sources import check_split, load_source
 from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
 from flow_data.whole_files import whole_file
 from flow_inference.devices import choose_device
 from flow_inference.pictures import compare
 from flow_inference.prediction import chunk_rows, find_sequences, predict_rows, share_out
 from flow_inference.submission import (
-    SUBMISSIONS,
     check_submission,
     find_missing,
     prepare_folders,
     read_frames,
     write_result,
 )
-from flow_training.evaluation import DTYPES, PROTOCOLS, Protocol, check_precision, evaluate
+from flow_training.evaluation import DTYPES, check_precision, evaluate
 from flow_training.flags import nearest
 from flow_training.metrics import format_metric
 from flow_training.processes import refuse_sharding
@@ -92,13 +91,13 @@ def use_device(name: str | None) -> AbstractContextManager:
 
 def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Evaluate, print the metrics, and write the report and the image that are asked for."""
-    split = args.split or PROTOCOLS[args.dataset].split
+    split = args.split or DATASETS[args.dataset].protocol.split
     dataset = open_dataset(args, split)
     for flag, path in (("--output", args.output), ("--picture", args.picture)):
         if path is not None and accelerator.is_main_process:
             prepare_folders([path], flag)
     model = load_raft(args.model).eval().to(accelerator.device)
-    protocol = PROTOCOLS[args.dataset]
+    protocol = DATASETS[args.dataset].protocol
     results = evaluate(
         model,
         dataset,
@@ -132,7 +131,7 @@ def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Write the flow of every pair for the benchmark's server, and report what is missing."""
     check_submission(args.dataset)
-    submission, protocol = SUBMISSIONS[args.dataset], PROTOCOLS[args.dataset]
+    submission, protocol = SUBMISSIONS[args.dataset], DATASETS[args.dataset].protocol
     split = args.split or submission.split
     dataset = open_dataset(args, split).select_columns(["id", "image1", "image2"])
     paths = [args.submission / submission.path(id_) for id_ in dataset["id"]]
@@ -168,7 +167,7 @@ def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, repository id, or file of weights of RAFT")
-    parser.add_argument("--dataset", required=True, help=", ".join(sorted(PROTOCOLS)))
+    parser.add_argument("--dataset", required=True, help=", ".join(sorted(DATASETS)))
     parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: images to cut textures from")
     parser.add_argument(
         "--split",
@@ -192,8 +191,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--synthetic_num_pairs", type=int, help="pairs of the synthetic split, default 64")
     add_synthetic_flags(parser)
     args = parser.parse_args(argv)
-    if args.dataset not in PROTOCOLS:
-        parser.error(f"unknown dataset {args.dataset}{nearest(args.dataset, list(PROTOCOLS))}")
+    if args.dataset not in DATASETS:
+        parser.error(f"unknown dataset {args.dataset}{nearest(args.dataset, list(DATASETS))}")
     if args.dataset != "synthetic" and args.data_dir is None:
         parser.error(f"--data_dir is missing: the folder of {args.dataset}")
     given = [*given_flags(args), *(["num_pairs"] if args.synthetic_num_pairs is not None else [])]

@@ -21,22 +21,13 @@ from tqdm.auto import tqdm
 
 from benchmarks.machine import describe_machine
 from benchmarks.options import positive, write_json
+from flow_data.datasets import DATASETS, load_source
 from flow_data.features import FlowSample, to_sample
-from flow_data.sources import load_source
 from flow_inference.prediction import predict_pair
-from flow_training.evaluation import PROTOCOLS
 from flow_training.metrics import error_sums, summarize
 from modeling_raft.convert_raft_checkpoint import load_raft
 
-# source -> folder below --data_root
-FOLDERS = {
-    "flying_chairs": "FlyingChairs_release",
-    "sintel_clean": "Sintel",
-    "sintel_final": "Sintel",
-    "middlebury": "Middlebury",
-    "kitti_2012": "KITTI2012",
-    "kitti_2015": "KITTI",
-}
+SOURCES = ("flying_chairs", "sintel_clean", "sintel_final", "middlebury", "kitti_2012", "kitti_2015")
 METRICS = ("epe_per_image", "epe", "fl_all")
 
 Method = Callable[[FlowSample, str], np.ndarray]  # a pair and its padding -> (H, W, 2) float32, pixels
@@ -66,12 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def open_datasets(root: Path) -> dict[str, Any]:
-    """Every data set of `FOLDERS` that is below the folder, with all of its pairs."""
+    """Every data set of `SOURCES` that is below the folder, with all of its pairs."""
     found = {
-        name: load_source(name, root / folder, "all") for name, folder in FOLDERS.items() if (root / folder).exists()
+        name: load_source(name, folder, "all")
+        for name in SOURCES
+        if (folder := root / str(DATASETS[name].folder)).exists()
     }
     if not found:
-        raise ValueError(f"--data_root must hold one of {', '.join(sorted(set(FOLDERS.values())))}; got {root}")
+        folders = sorted({str(DATASETS[name].folder) for name in SOURCES})
+        raise ValueError(f"--data_root must hold one of {', '.join(folders)}; got {root}")
     return found
 
 
@@ -118,7 +112,9 @@ def measure(name: str, dataset: Any, methods: dict[str, Method]) -> dict[str, di
         flow_gt = torch.from_numpy(sample.flow).permute(2, 0, 1)[None].double()
         valid = torch.from_numpy(sample.valid)[None]
         for method, estimate in methods.items():
-            flow_pred = torch.from_numpy(estimate(sample, PROTOCOLS[name].padding)).permute(2, 0, 1)[None].double()
+            flow_pred = (
+                torch.from_numpy(estimate(sample, DATASETS[name].protocol.padding)).permute(2, 0, 1)[None].double()
+            )
             sums[method].append(error_sums(flow_pred, flow_gt, valid)[0])
     summaries = {method: summarize(torch.stack(rows)) for method, rows in sums.items()}
     return {method: {metric: summary[metric] for metric in METRICS} for method, summary in summaries.items()}

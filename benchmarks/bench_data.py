@@ -34,10 +34,10 @@ from benchmarks.plain_augmentation import apply_plainly
 from benchmarks.plain_loading import PlainPairs, read_plainly
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.augmentation_recipe import draw_dense, draw_sparse
+from flow_data.datasets import DATASETS, load_source
 from flow_data.features import FlowSample, OpticalFlow, to_sample
 from flow_data.images import undecoded
 from flow_data.sampling import MixSource, TrainingPairs, use_one_thread
-from flow_data.sources import SOURCES, load_source
 
 SEED = 1234
 BATCH_SIZE = 4
@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
     """What a data set is measured with; sizes are (height, width).
 
     Args:
-        source: name in `flow_data.sources`.
+        source: name in `flow_data.datasets`.
         frame_size: of made-up frames.
         crop_size: as in configs/, like the two that follow.
         zoom_range: log2.
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def find_data(recipe: Recipe, data_root: Path | None, made_up_root: Path) -> tuple[Path, str]:
     """The folder of a data set, and whether its pairs are real or made up."""
-    folder = str(SOURCES[recipe.source].folder)
+    folder = str(DATASETS[recipe.source].folder)
     if data_root is not None:
         try:
             load_source(recipe.source, data_root / folder, "all")

@@ -248,7 +248,7 @@ class _FilePart(io.BytesIO):
 def flow_is_sparse(rows: Dataset | ParquetRows) -> bool:
     """Whether the ground truth is scattered, to be never interpolated: any of it is in KITTI's PNG.
 
-    The same is asked of the user's own pairs in files (`flow_data.sources.is_sparse`).
+    The same is asked of the user's own pairs in files (`flow_data.datasets.is_sparse`).
     """
     if isinstance(rows, ParquetRows):
         names = rows.flow_names()

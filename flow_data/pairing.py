@@ -30,10 +30,20 @@ class Pair(NamedTuple):
     valid: str | None = None
 
 
-def choose(source: str, what: str, choice: str, choices: Mapping[str, Choice]) -> Choice:
-    """What `choice` stands for, or ValueError with the right names: of a split, say."""
+def validate_choice(source: str, what: str, choice: str, choices: Mapping[str, Choice]) -> Choice:
+    """What a choice, of a split for instance, stands for.
+
+    Args:
+        source: name of the data set, which begins the message.
+        what: name of what is chosen.
+        choice: a key of `choices`.
+        choices: key -> what it stands for.
+
+    Raises:
+        ValueError: `choice` is no key; the message has all keys.
+    """
     if choice not in choices:
-        raise ValueError(f"{source}: expected a {what} of {', '.join(choices)}, received {choice!r}")
+        raise ValueError(f"{source}: {what} must be one of {', '.join(choices)}; got {choice!r}")
     return choices[choice]
 
 

@@ -8,7 +8,7 @@ Tables are those of `flow_data.pair_tables`. A folder is one of
 - files `NAME_img1.*`, `NAME_img2.*`, `NAME_flow.*` and `NAME_valid.*`.
 
 Flow in a `.png` is KITTI's format: ground truth at some pixels, which is augmented without interpolation
-(`flow_data.sources.is_sparse`).
+(`flow_data.datasets.is_sparse`).
 """
 
 import logging
@@ -23,9 +23,9 @@ from datasets import Dataset
 from flow_data.file_names import normalize
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.pair_tables import MASK_SUFFIXES, TABLE_SUFFIXES, read_table
-from flow_data.pairing import Pair, absolute, choose, first_few, listing, to_dataset
+from flow_data.pairing import Pair, absolute, first_few, listing, to_dataset, validate_choice
 
-logger = logging.getLogger("flow_data.sources")
+logger = logging.getLogger("flow_data.datasets")
 
 LAYOUT = (
     "pairs.csv or pairs.jsonl with columns image1, image2, flow; or sub-folders image1, image2, flow; or files "
@@ -34,7 +34,7 @@ LAYOUT = (
 
 
 def pairs(root: str | os.PathLike[str], split: str) -> Dataset:
-    """The user's own pairs; returns and raises what `flow_data.sources.load_source` does.
+    """The user's own pairs; returns and raises what `flow_data.datasets.load_source` does.
 
     Args:
         root: a table or a folder, as this module's docstring tells.
@@ -44,7 +44,7 @@ def pairs(root: str | os.PathLike[str], split: str) -> Dataset:
         ValueError: a table without a usable pair, or in which nothing can be read; two tables, or two files of a
             folder, of which either could be meant.
     """
-    choose("pairs", "split", split, {"training": None, "all": None})
+    validate_choice("pairs", "split", split, {"training": None, "all": None})
     path = absolute(root)
     if os.path.isfile(path):
         return _of_table(path)

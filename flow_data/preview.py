@@ -17,10 +17,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from flow_data.augmentation import augment_dense, augment_sparse
+from flow_data.datasets import DATASETS, check_source, check_split, is_sparse, load_source
 from flow_data.features import FlowSample, to_sample
 from flow_data.images import undecoded
 from flow_data.pictures import draw_flow, hide_unknown, join_row, stack_rows
-from flow_data.sources import SOURCES, check_source, check_split, is_sparse, load_source
 from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
 
 CELL_HEIGHT = 128  # pixels of the contact sheet
@@ -56,7 +56,7 @@ class Statistics(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        split = args.split or SOURCES[args.source].training_split
+        split = args.split or DATASETS[args.source].training_split
         if args.source == "synthetic":
             dataset = synthetic(SyntheticOptions(textures=args.data_dir, **given_flags(args)), split)
         else:
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flow_data.preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help=", ".join(sorted(SOURCES)))
+    parser.add_argument("source", help=", ".join(sorted(DATASETS)))
     parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: pictures to cut textures from")
     parser.add_argument("--split", help="default: the training split")
     parser.add_argument("--output", type=Path, help="contact sheet to write; default: preview_SOURCE.png")

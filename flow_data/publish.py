@@ -26,11 +26,10 @@ from datasets import Dataset, Features, Image, Value
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 
+from flow_data.datasets import DATASETS, check_source, check_split, has_ground_truth, load_source
 from flow_data.features import FlowSample, OpticalFlow, to_sample
 from flow_data.flow_io import encode_flow
-from flow_data.licences import PROVENANCE
 from flow_data.masks import encode_mask
-from flow_data.sources import SOURCES, check_source, check_split, has_ground_truth, load_source
 
 STORED_FILE = {"bytes": Value("binary"), "path": Value("string")}
 PUBLISHED_FEATURES = Features(
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             place = publish(args.source, splits, args.repo_id, args.private, args.token, args.max_shard_bytes)
     except (ValueError, OSError) as error:
         sys.exit(f"flow_data.publish: error: {error}")
-    terms = PROVENANCE[args.source].terms
+    terms = DATASETS[args.source].license.terms
     print(f"published: {place}\nterms of the data: {terms}; see to it that you may pass them on")
 
 
@@ -98,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flow_data.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help=", ".join(sorted(SOURCES)))
+    parser.add_argument("source", help=", ".join(sorted(DATASETS)))
     parser.add_argument("--data_dir", help="the data set's own folder")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--repo_id", help="user/name; made if it is not there")
@@ -129,7 +128,7 @@ def open_splits(source: str, data_dir: str | None, split: str | None) -> dict[st
     """The Hub's split name -> rows with ground truth.
 
     Args:
-        source: a key of `SOURCES`.
+        source: a key of `DATASETS`.
         data_dir: the data set's own folder.
         split: of the source; None is every one but `all` that is there and has ground truth.
 
@@ -144,7 +143,7 @@ def open_splits(source: str, data_dir: str | None, split: str | None) -> dict[st
         return {HUB_SPLITS[split]: dataset}
     found: dict[str, Dataset] = {}
     faults = []
-    for name in SOURCES[source].splits:
+    for name in DATASETS[source].splits:
         if name == "all":
             continue
         try:
@@ -341,11 +340,11 @@ def make_card(
     source: str, repo_id: str, splits: Mapping[str, Dataset], formats: set[str], others: Sequence[str]
 ) -> DatasetCard:
     """The data set card: what it is, how much, on which terms, how to read it; `others` are splits already there."""
-    provenance = PROVENANCE[source]
+    provenance = DATASETS[source].license
     total = sum(len(dataset) for dataset in splits.values())
     sizes = [category for limit, category in SIZE_CATEGORIES if total < limit]
     data = DatasetCardData(
-        license=provenance.licence,
+        license=provenance.identifier,
         pretty_name=provenance.title,
         tags=["optical-flow"],
         size_categories=[sizes[0] if sizes else "n>1M"],

@@ -138,7 +138,7 @@ def chunk_rows(dataset: Any, batch_size: int = 1, warm_start: bool = False) -> l
     """Put together the rows that one process predicts together; how many processes there are does not matter.
 
     Args:
-        dataset: Rows of a source of `flow_data.sources`.
+        dataset: Rows of a source of `flow_data.datasets`.
         batch_size: Consecutive rows of a chunk, at most.
         warm_start: Make chunks of the data set's sequences instead.
 
@@ -169,7 +169,7 @@ def find_sequences(dataset: Any) -> list[list[int]]:
     and Spring runs from high numbers to low ones. A pair does not follow the one that leads the other way.
 
     Args:
-        dataset: Rows of a source of `flow_data.sources`. What is drawn or read from bytes has no file and follows
+        dataset: Rows of a source of `flow_data.datasets`. What is drawn or read from bytes has no file and follows
             nothing.
 
     Returns:

@@ -1,38 +1,20 @@
 """Results on test splits, in the formats and under the names that the benchmarks' servers take.
 
-Sources: for Sintel princeton-vl/RAFT (evaluate.py); for KITTI the readme of each development kit (2015: "flow" in the
-archive's root, 2012: the root itself); for Spring the source of the authors' `flow_subsampling`, which makes the file
-to upload from a folder in the data set's own layout, flow at the size of the frames.
+Formats and names are those of `flow_data.datasets`, where each data set's record has its own.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from flow_data.datasets import DATASETS, SUBMISSIONS, Submission
 from flow_data.flow_io import write_flow
 from flow_data.images import read_pair
-from flow_data.kitti_png import KITTI_LIMITS
 from flow_data.pairing import first_few
-from flow_data.sources import SOURCES
-
-
-class Submission(NamedTuple):
-    """What a server takes.
-
-    Args:
-        split: without public ground truth.
-        path: id of a pair -> where its flow belongs, below the submission's folder; the suffix is the format.
-        limits: lowest and highest component of flow, pixels.
-    """
-
-    split: str
-    path: Callable[[str], str]
-    limits: tuple[float, float] = (-np.inf, np.inf)
 
 
 class FramePair(NamedTuple):
@@ -40,25 +22,6 @@ class FramePair(NamedTuple):
 
     image1: np.ndarray
     image2: np.ndarray
-
-
-def _sintel_path(id: str, render_pass: str) -> str:
-    scene, frame = id.split("/")
-    return f"{render_pass}/{scene}/frame{int(frame.removeprefix('frame_')):04d}.flo"
-
-
-def _spring_path(id: str) -> str:
-    scene, view, number = id.split("/")
-    return f"{scene}/flow_{view}/flow_{view}_{number}.flo5"
-
-
-SUBMISSIONS = {
-    "sintel_clean": Submission("test", partial(_sintel_path, render_pass="clean")),
-    "sintel_final": Submission("test", partial(_sintel_path, render_pass="final")),
-    "kitti_2012": Submission("testing", "{}_10.png".format, KITTI_LIMITS),
-    "kitti_2015": Submission("testing", "flow/{}_10.png".format, KITTI_LIMITS),
-    "spring": Submission("test", _spring_path),
-}
 
 
 def check_submission(source: str) -> None:
@@ -141,14 +104,13 @@ def find_missing(source: str, split: str, folder: Path, ids: list[str]) -> list[
         faults.append(f"{len(absent)} files are not in {folder}: {first_few(absent)}")
     if split != submission.split:
         return [*faults, f"these are results of split {split}; the server wants those of {submission.split}"]
-    complete = SOURCES[source].complete[split]
-    if len(ids) != complete:
+    complete = DATASETS[source].splits[split]
+    if complete is not None and len(ids) != complete:
         which = ""
-        if source.startswith("kitti"):
-            which = f"; missing are {first_few(sorted({f'{number:06d}' for number in range(complete)} - {*ids}))}"
+        if submission.id_of is not None:
+            which = f"; missing are {first_few(sorted({*map(submission.id_of, range(complete))} - {*ids}))}"
         faults.append(f"{len(ids)} pairs of the {complete} in the data set, and the server wants all{which}")
-    if source.startswith("sintel"):
-        other = {"sintel_clean": "sintel_final", "sintel_final": "sintel_clean"}[source]
+    if (other := submission.other_pass) is not None:
         absent = [path for path in map(SUBMISSIONS[other].path, ids) if not (folder / path).is_file()]
         if absent:
             faults.append(f"{len(absent)} files of the other pass, which the server wants, too: run {other}")

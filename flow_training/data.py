@@ -12,15 +12,14 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from flow_data.augmentation import augment_dense, augment_sparse
+from flow_data.datasets import DATASETS, Protocol, has_ground_truth, is_sparse, load_source
 from flow_data.features import to_sample
 from flow_data.hub_dataset import flow_is_sparse, load_hub_dataset
 from flow_data.images import undecoded
 from flow_data.out_of_memory import is_out_of_memory
 from flow_data.sampling import MixSource, RunSampler, SampleError, TrainingPairs, prepare_worker
-from flow_data.sources import SOURCES, has_ground_truth, is_sparse, load_source
 from flow_data.synthetic import synthetic
 from flow_training.config import TrainingConfig, split_validation_set
-from flow_training.evaluation import PROTOCOLS, Protocol
 from flow_training.objectives import find_objective
 
 CHECKED_PAIRS = 8  # of each source, at the start of a run
@@ -36,7 +35,7 @@ def open_dataset(config: TrainingConfig, source: str, split: str, needs_flow: bo
 
     Args:
         config: Says where it is.
-        source: A name in `flow_data.sources.SOURCES`.
+        source: A name in `flow_data.datasets.DATASETS`.
         split: One of its splits.
         needs_flow: Refuse a split without ground truth.
 
@@ -50,7 +49,7 @@ def open_dataset(config: TrainingConfig, source: str, split: str, needs_flow: bo
         training = split == "training"
         num_pairs = config.synthetic_num_pairs if training else config.synthetic_validation_pairs
         return synthetic(config.synthetic_options(), split=split, num_pairs=num_pairs)
-    root = Path(config.data_root) / str(SOURCES[source].folder)
+    root = Path(config.data_root) / str(DATASETS[source].folder)
     if source == "pairs" and config.pairs_path is not None:
         root = Path(config.pairs_path)
     dataset = load_source(source, root, split)
@@ -70,7 +69,7 @@ def training_pairs(config: TrainingConfig) -> TrainingPairs:
             raise ValueError(f"dataset_name: {config.dataset_name} is empty")
         mix.append((config.dataset_name, rows, flow_is_sparse(rows), 1))
     for source, repeats in config.train_mix.items():
-        rows = open_dataset(config, source, config.train_split or SOURCES[source].training_split, needs_flow)
+        rows = open_dataset(config, source, config.train_split or DATASETS[source].training_split, needs_flow)
         mix.append((source, rows, is_sparse(source, rows), repeats))
     crop_size = (config.crop_size[0], config.crop_size[1])
     sources = [
@@ -100,7 +99,7 @@ def validation_sets(config: TrainingConfig) -> list[tuple[str, Any, Protocol]]:
     sets = []
     for entry in config.validation_sets:
         source, split = split_validation_set(entry)
-        protocol = PROTOCOLS[source]
+        protocol = DATASETS[source].protocol
         sets.append((entry, open_dataset(config, source, split or protocol.split), protocol))
     return sets
 

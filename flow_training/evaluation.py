@@ -1,7 +1,6 @@
 """Evaluation on every benchmark in one loop; benchmarks differ in their protocol (princeton-vl/RAFT, evaluate.py)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from flow_data.datasets import Protocol
 from flow_data.features import FlowSample, to_occlusion, to_sample
 from flow_inference.pictures import draw_comparison
 from flow_inference.prediction import Prediction, chunk_rows, predict_pair, predict_rows, share_out
@@ -17,44 +17,11 @@ from flow_training.metrics import compute_metrics, error_sums, region_metrics, r
 from modeling_raft import RaftForOpticalFlow
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How a benchmark is evaluated.
-
-    Args:
-        num_flow_updates: Updates of the flow.
-        padding: As in `flow_inference.prediction`: `"split"`, `"bottom"` or `"none"`.
-        split: What is evaluated unless one asks for another split.
-    """
-
-    num_flow_updates: int
-    padding: str
-    split: str
-
-
 class EvaluationInterrupted(Exception):
     """An evaluation was stopped before its end, as requested."""
 
 
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}  # mixed_precision -> what it computes in
-
-SINTEL = Protocol(num_flow_updates=32, padding="split", split="training")
-KITTI = Protocol(num_flow_updates=24, padding="bottom", split="training")
-PROTOCOLS = {
-    "flying_chairs": Protocol(num_flow_updates=24, padding="none", split="validation"),
-    "flying_things_clean": Protocol(num_flow_updates=32, padding="split", split="test"),
-    "flying_things_final": Protocol(num_flow_updates=32, padding="split", split="test"),
-    "sintel_clean": SINTEL,
-    "sintel_final": SINTEL,
-    "middlebury": SINTEL,
-    "pairs": SINTEL,
-    "spring": SINTEL,
-    "tartanair": SINTEL,
-    "kitti_2012": KITTI,
-    "kitti_2015": KITTI,
-    "hd1k": KITTI,
-    "synthetic": Protocol(num_flow_updates=32, padding="split", split="validation"),
-}
 
 
 def check_precision(accelerator: Accelerator) -> None:
@@ -90,7 +57,7 @@ def evaluate(
 
     Args:
         model: Not wrapped; its mode (train or eval) is the caller's to set and restore.
-        dataset: Rows of a source of `flow_data.sources`, with ground truth.
+        dataset: Rows of a source of `flow_data.datasets`, with ground truth.
         protocol: Of the data set.
         accelerator: Says which share is this process's, and the precision.
         num_flow_updates: Instead of the protocol's.

@@ -16,11 +16,9 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from flow_data.licences import PROVENANCE
+from flow_data.datasets import DATASETS
 from flow_data.shipped_files import shipped_path
-from flow_data.sources import SOURCES
 from flow_training.config import split_validation_set
-from flow_training.evaluation import PROTOCOLS
 from flow_training.hub import CARD, RUN_CONFIG, loaded_from, quoted
 from flow_training.metrics import format_metric
 from flow_training.model import model_size
@@ -186,7 +184,7 @@ def _hub_datasets(run_config: dict[str, Any]) -> list[str] | None:
 def _training_data(run_config: dict[str, Any]) -> list[tuple[str, int]]:
     """(description with its terms, repeats in an epoch) of each source of the training data."""
     mix = [
-        (f"{PROVENANCE[source].title} ({PROVENANCE[source].terms})", repeats)
+        (f"{DATASETS[source].license.title} ({DATASETS[source].license.terms})", repeats)
         for source, repeats in run_config["train_mix"].items()
     ]
     name = run_config["dataset_name"]
@@ -218,7 +216,7 @@ def _eval_results(reports: dict[str, dict[str, Any]]) -> list[EvalResult]:
 
 def _source_and_split(set_name: str) -> tuple[str, str]:
     source, split = split_validation_set(set_name)
-    return source, split or PROTOCOLS[source].split
+    return source, split or DATASETS[source].protocol.split
 
 
 def _seen_in_training(set_name: str, run_config: dict[str, Any]) -> str:
@@ -226,7 +224,7 @@ def _seen_in_training(set_name: str, run_config: dict[str, Any]) -> str:
     if run_config["dataset_name"] is not None:
         return "not known"
     source, split = _source_and_split(set_name)
-    trained = run_config["train_split"] or SOURCES[source].training_split
+    trained = run_config["train_split"] or DATASETS[source].training_split
     seen = source in run_config["train_mix"] and (split == trained or "all" in (split, trained))
     return "yes" if seen else "no"
 

@@ -17,8 +17,8 @@ from benchmarks.made_up_data import write_pairs
 from benchmarks.memory_needed import estimate_bytes, fits
 from benchmarks.own_process import peak_bytes, resident_bytes
 from benchmarks.rounds import spread, time_in_rounds, times_as_fast
-from flow_data.sources import load_source
-from flow_training.evaluation import PROTOCOLS, evaluate
+from flow_data.datasets import DATASETS, load_source
+from flow_training.evaluation import evaluate
 from modeling_raft import RaftConfig, RaftForOpticalFlow
 
 CPU = torch.device("cpu")
@@ -273,7 +273,7 @@ def test_accuracy_of_models_and_classical_methods(tmp_path, capsys):
     )
     results = json.loads((tmp_path / "out.json").read_text())["results"]["flying_chairs"]
     dataset = load_source("flying_chairs", tmp_path / "FlyingChairs_release", "all")
-    report = evaluate(model.eval(), dataset, PROTOCOLS["flying_chairs"], Accelerator(cpu=True), 2)
+    report = evaluate(model.eval(), dataset, DATASETS["flying_chairs"].protocol, Accelerator(cpu=True), 2)
     for metric in ("epe", "epe_per_image", "fl_all"):
         assert results[f"{tmp_path / 'model'}@2"][metric] == pytest.approx(report["metrics"][metric])
     assert results["zero flow"]["epe"] == pytest.approx(report["zero_flow_epe"])

@@ -12,8 +12,9 @@ from test_modeling_raft import tiny_config
 from tiny_run import log_lines, train
 from torch import Tensor
 
+from flow_data.datasets import DATASETS
 from flow_data.synthetic import SyntheticOptions, synthetic
-from flow_training.evaluation import PROTOCOLS, evaluate
+from flow_training.evaluation import evaluate
 from flow_training.optimization import ExponentialMovingAverage
 from modeling_raft import RaftForOpticalFlow
 
@@ -104,7 +105,7 @@ def evaluate_here(folder: Path) -> dict[str, float]:
     options = SyntheticOptions(image_size=(72, 88), displacement=(1, 4), shapes=(1, 3))
     pairs = synthetic(options, split="validation", num_pairs=3)
     model = RaftForOpticalFlow.from_pretrained(folder).eval()
-    report = evaluate(model, pairs, PROTOCOLS["synthetic"], Accelerator(cpu=True))
+    report = evaluate(model, pairs, DATASETS["synthetic"].protocol, Accelerator(cpu=True))
     AcceleratorState._reset_state(reset_partial_state=True)
     return {f"validation/synthetic/{name}": value for name, value in report["metrics"].items()}
 

@@ -20,11 +20,11 @@ from test_modeling_raft import tiny_config
 from tiny_run import free_port
 
 import evaluate_flow
+from flow_data.datasets import DATASETS, load_source
 from flow_data.flow_io import read_flow, write_flow
-from flow_data.sources import SOURCES, load_source
 from flow_inference.prediction import chunk_rows, find_sequences, share_out
 from flow_inference.warm_start import project_forward
-from flow_training.evaluation import PROTOCOLS, evaluate
+from flow_training.evaluation import evaluate
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -70,15 +70,9 @@ def test_errors_are_the_original_codes(source, weights, sample_data, sample_weig
     model = load_raft(sample_weights / weights)
     column, updates = (0, 20) if "small" in weights else (1, 12)
     dataset = load_source(name, sample_data / folder, split)
-    report = evaluate(model, dataset, PROTOCOLS[name], Accelerator(), num_flow_updates=updates)
+    report = evaluate(model, dataset, DATASETS[name].protocol, Accelerator(), num_flow_updates=updates)
     expected = {id_: errors[column] for id_, errors in ANCHORS[source].items()}
     assert {pair["id"]: pair["epe"] for pair in report["per_pair"]} == pytest.approx(expected, abs=0.002)
-
-
-def test_every_source_has_a_protocol_and_a_split():
-    assert set(PROTOCOLS) == set(SOURCES)
-    for name, protocol in PROTOCOLS.items():
-        assert protocol.split in SOURCES[name].splits
 
 
 @pytest.fixture
@@ -281,10 +275,12 @@ def test_batches_change_nothing(batch_size, model_dir, monkeypatch):
         }
         rows.append({"id": str(number), "image1": images[0], "image2": images[1], "flow": truth})
     model, seen = load_raft(model_dir), Seen(monkeypatch)
-    one = evaluate(model, rows, PROTOCOLS["middlebury"], Accelerator(), num_flow_updates=2)
+    one = evaluate(model, rows, DATASETS["middlebury"].protocol, Accelerator(), num_flow_updates=2)
     assert [len(pixels) for pixels, _, _ in seen] == [1] * 6
     seen.clear()
-    batched = evaluate(model, rows, PROTOCOLS["middlebury"], Accelerator(), num_flow_updates=2, batch_size=batch_size)
+    batched = evaluate(
+        model, rows, DATASETS["middlebury"].protocol, Accelerator(), num_flow_updates=2, batch_size=batch_size
+    )
     sizes = {2: [2, 1, 1, 1, 1], 3: [3, 2, 1]}
     assert [len(pixels) for pixels, _, _ in seen] == sizes[batch_size]
     assert batched["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
@@ -342,7 +338,7 @@ SEQUENCES = {
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_sequences_are_found_in_the_direction_of_their_flow(name, tmp_path):
     MAKERS[name](tmp_path)
-    dataset = load_source(name, tmp_path, PROTOCOLS[name].split)
+    dataset = load_source(name, tmp_path, DATASETS[name].protocol.split)
     assert sorted([dataset["id"][i] for i in chunk] for chunk in find_sequences(dataset)) == SEQUENCES[name]
 
 
@@ -395,7 +391,7 @@ def test_protocol_of_kitti_pads_the_bottom(monkeypatch, model_dir):
     row = {"id": "x", "image1": image, "image2": image, "flow": truth}
     for name in ("kitti_2015", "sintel_clean"):
         with pytest.raises(ZeroDivisionError):
-            evaluate(model, [row], PROTOCOLS[name], Accelerator())
+            evaluate(model, [row], DATASETS[name].protocol, Accelerator())
     kitti, sintel = seen
     pixels = torch.from_numpy(np.asarray(image) / 127.5 - 1).permute(2, 0, 1).float()
     torch.testing.assert_close(kitti[0, 0, :, :70, 1:78], pixels)
@@ -408,7 +404,7 @@ def test_protocol_of_kitti_pads_the_bottom(monkeypatch, model_dir):
         ("--dataset middleburry --data_dir x", "did you mean middlebury?"),
         ("--dataset middlebury", "--data_dir is missing"),
         ("--dataset middlebury --data_dir nowhere", "nowhere"),
-        ("--dataset synthetic --split test", "expected a split of training, validation, all"),
+        ("--dataset synthetic --split test", "split must be one of training, validation, all"),
         ("--dataset synthetic --num_flow_updates 0", "at least 1; got 0"),
         ("--dataset synthetic --batch_size 0", "--batch_size must be at least 1; got 0"),
         ("--dataset synthetic --warm_start", "no pair of synthetic validation begins with the frame"),

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from source_trees import make_middlebury, make_sintel
 from test_pairs import SUB_FOLDERS, marks, whole, write_csv, write_pair
 
+from flow_data.datasets import load_source
 from flow_data.features import ValidMask
 from flow_data.file_names import find_name, find_path, index_names
 from flow_data.flow_io import read_flow, write_flow
 from flow_data.images import read_rgb
-from flow_data.sources import load_source
 
 FORMS = ("NFC", "NFD")
 NAME = "Übung é 한글"  # as one character each, or as several

@@ -11,7 +11,7 @@ from test_modeling_raft import tiny_config
 from tiny_run import PROJECT, environment, train
 from transformers import pipeline
 
-from flow_data.sources import load_source
+from flow_data.datasets import load_source
 from flow_training.run_log import read_log
 from modeling_raft import RaftForOpticalFlow
 

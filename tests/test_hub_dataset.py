@@ -17,11 +17,11 @@ from hub_server import Hub
 from tiny_run import CPU, PROJECT, TINY_MODEL, free_port
 
 from flow_data import hub_dataset as module
+from flow_data.datasets import is_sparse, load_source
 from flow_data.features import to_sample
 from flow_data.flow_io import write_flow
 from flow_data.hub_dataset import ParquetRows, flow_is_sparse, load_hub_dataset
 from flow_data.publish import plan_shards, publish_to_folder
-from flow_data.sources import is_sparse, load_source
 from flow_training.run_log import read_log
 
 SIZE = 72, 88  # h, w
@@ -192,7 +192,7 @@ def test_shards_hold_every_row_once(root):
     [
         (["sintel_claen", "--repo_id", "a/b"], "did you mean 'sintel_clean'"),
         (["sintel_clean", "--repo_id", "a/b"], "--data_dir is missing"),
-        (["sintel_clean", "--repo_id", "a/b", "--data_dir", "x", "--split", "trainig"], "expected a split"),
+        (["sintel_clean", "--repo_id", "a/b", "--data_dir", "x", "--split", "trainig"], "split must be one of"),
         (["sintel_clean", "--repo_id", "a/b", "--data_dir", "x", "--max_shard_bytes", "0"], "at least 1"),
     ],
 )

@@ -15,8 +15,8 @@ from test_modeling_raft import tiny_config
 from tiny_run import log_lines, train
 
 import evaluate_flow
+from flow_data.datasets import load_source
 from flow_data.sampling import MixSource, TrainingPairs
-from flow_data.sources import load_source
 from flow_training.checkpoints import RunProgress
 from flow_training.data import CHECKED_PAIRS, describe_missing_ground_truth
 from flow_training.logger import MAX_STEPS_WITHOUT_PIXELS, MetricLogger, NothingLearnedError

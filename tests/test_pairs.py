@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flow_data.datasets import is_sparse, load_source
 from flow_data.features import FLOW_FEATURES, to_sample
 from flow_data.flow_io import write_flow
-from flow_data.sources import is_sparse, load_source
 
 SIZE = 3, 4  # h, w
 

@@ -6,9 +6,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from flow_data.datasets import load_source
 from flow_data.flow_io import write_flow
 from flow_data.preview import CELL_HEIGHT, DRAWS, main, measure, spread
-from flow_data.sources import load_source
 
 SIZES = [(48, 64), (48, 64), (40, 72)]
 
@@ -89,7 +89,7 @@ def test_synthetic_pairs_are_drawn_with_the_options_of_training(tmp_path, capsys
     [
         (["sintel_claen"], "did you mean 'sintel_clean'"),
         (["sintel_clean"], "--data_dir is missing"),
-        (["pairs", "--data_dir", "x", "--split", "trainig"], "expected a split"),
+        (["pairs", "--data_dir", "x", "--split", "trainig"], "split must be one of"),
         (["pairs", "--data_dir", "x", "--num_pairs", "0"], "--num_pairs must be at least 1"),
         (["pairs", "--data_dir", "x"], "pairs: no pairs"),
         (["synthetic", "--zoom_range", "1", "0", "--max_pairs", "1", "--num_pairs", "1"], "zoom_range"),

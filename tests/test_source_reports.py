@@ -6,8 +6,8 @@ import os
 import pytest
 from source_trees import MAKERS, make_chairs, make_kitti, make_middlebury, make_sintel, make_spring, write_mark
 
-from flow_data import layouts
-from flow_data.sources import SOURCES, load_source
+from flow_data import readers
+from flow_data.datasets import DATASETS, load_source
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -16,7 +16,7 @@ def test_nothing_found_is_an_error(tmp_path, name, there):
     root = tmp_path / "elsewhere"
     if there:
         root.mkdir()
-    for split in SOURCES[name].splits:
+    for split in DATASETS[name].splits:
         if name == "flying_chairs" and split != "all":
             continue  # it misses its split file first
         with pytest.raises(FileNotFoundError, match=r"no pairs: expected .*\.(flo5?|pfm|png|npy).*elsewhere") as error:
@@ -26,7 +26,7 @@ def test_nothing_found_is_an_error(tmp_path, name, there):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_folder_above_is_an_error(tmp_path, name):
-    MAKERS[name](tmp_path / SOURCES[name].folder)
+    MAKERS[name](tmp_path / DATASETS[name].folder)
     with pytest.raises(FileNotFoundError, match=rf"no pairs: expected .*looked in {tmp_path}"):
         load_source(name, tmp_path, "all")
 
@@ -157,7 +157,7 @@ def test_three_are_named_and_all_counted(tmp_path, caplog):
     assert "left out 4 image pairs without flow: 00002, 00003, 00005, ...\n" in caplog.text
 
 
-@pytest.mark.parametrize("scene", sorted(layouts.MIDDLEBURY_WITHOUT_TRUTH))
+@pytest.mark.parametrize("scene", sorted(readers.MIDDLEBURY_WITHOUT_TRUTH))
 def test_middlebury_keeps_some_truth(tmp_path, caplog, scene):
     make_middlebury(tmp_path)
     (tmp_path / "other-data/RubberWhale").rename(tmp_path / f"other-data/{scene}2")
@@ -209,11 +209,12 @@ def test_folders_are_listed_and_files_not_asked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", MAKERS)
 def test_an_incomplete_download_is_told_once(tmp_path, caplog, name):
     MAKERS[name](tmp_path)
-    for split in SOURCES[name].complete:
+    for split, complete in DATASETS[name].splits.items():
+        if complete is None:
+            continue
         caplog.clear()
         found = len(load_source(name, tmp_path, split))
         load_source(name, str(tmp_path), split)
-        complete = SOURCES[name].complete[split]
         assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
             (
                 logging.WARNING,

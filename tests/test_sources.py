@@ -1,5 +1,7 @@
 """Readers of the published data sets, on tiny trees in their layouts with their real encodings."""
 
+from dataclasses import MISSING, fields, replace
+
 import cv2
 import numpy as np
 import pytest
@@ -19,9 +21,9 @@ from source_trees import (
     write_mark,
 )
 
-from flow_data import layouts
+from flow_data import readers
+from flow_data.datasets import DATASETS, DatasetRecord, index_records, is_sparse, load_source
 from flow_data.features import FLOW_FEATURES, OpticalFlow, ValidMask, to_sample
-from flow_data.sources import SOURCES, SPARSE_SOURCES, is_sparse, load_source
 
 SEQUENCE = "TRAIN/A/0000"
 
@@ -143,10 +145,10 @@ def test_pairs(tmp_path, caplog, name, split, expected):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_source_is_complete(tmp_path, name):
-    spec = SOURCES[name]
+    spec = DATASETS[name]
     MAKERS[name](tmp_path / spec.folder)
     default = load_source(name, str(tmp_path / spec.folder))
-    assert spec.training_split in spec.splits and "all" in spec.splits and set(spec.complete) <= set(spec.splits)
+    assert spec.training_split in spec.splits and "all" in spec.splits
     assert marks(default) == marks(load_source(name, tmp_path / spec.folder, spec.training_split))
     sample = to_sample(default[1])
     assert sample.image1.shape == (*SIZE, 3) and sample.valid.all()
@@ -158,17 +160,17 @@ def test_sparse_sources_are_those_with_png_flow(tmp_path, name):
     dataset = load_source(name, tmp_path)
     stored = dataset.cast_column("flow", OpticalFlow(decode=False))["flow"]
     png = all(flow["path"].endswith(".png") for flow in stored)
-    assert is_sparse(name, dataset) == (name in SPARSE_SOURCES) == png
+    assert is_sparse(name, dataset) == DATASETS[name].sparse == png
 
 
 def test_cameras_of_things_can_be_chosen(tmp_path):
     make_things(tmp_path)
-    assert marks(layouts.flying_things(tmp_path, "training", cameras=["right"])) == THINGS_RIGHT
-    assert marks(layouts.flying_things(tmp_path, "training", cameras=["left", "right"])) == by_id(
+    assert marks(readers.flying_things(tmp_path, "training", cameras=["right"])) == THINGS_RIGHT
+    assert marks(readers.flying_things(tmp_path, "training", cameras=["left", "right"])) == by_id(
         THINGS | THINGS_RIGHT
     )
-    with pytest.raises(ValueError, match="expected a camera of left, right, received 'middle'"):
-        layouts.flying_things(tmp_path, "training", cameras=["middle"])
+    with pytest.raises(ValueError, match="camera must be one of left, right; got 'middle'"):
+        readers.flying_things(tmp_path, "training", cameras=["middle"])
 
 
 def test_frames_of_things_may_be_webp(tmp_path, caplog):
@@ -248,12 +250,12 @@ def test_other_files_are_ignored(tmp_path):
 
 
 def test_complete_counts_are_the_published_ones():
-    counts = {name: SOURCES[name].complete["training"] for name in MAKERS}
+    counts = {name: DATASETS[name].splits["training"] for name in MAKERS}
     mix = 100 * (counts["sintel_clean"] + counts["sintel_final"]) + 200 * counts["kitti_2015"] + 5 * counts["hd1k"]
     assert mix + counts["flying_things_clean"] == 293737  # RAFT's "C+T+K+S+H"
-    assert counts["flying_chairs"] + SOURCES["flying_chairs"].complete["validation"] == 22872
-    assert counts["sintel_final"] == 1064 - 23 and SOURCES["sintel_clean"].complete["test"] == 564 - 12
-    assert counts["spring"] == (5000 - 37) * 4 and SOURCES["spring"].complete["test"] == (1000 - 10) * 4
+    assert counts["flying_chairs"] + DATASETS["flying_chairs"].splits["validation"] == 22872
+    assert counts["sintel_final"] == 1064 - 23 and DATASETS["sintel_clean"].splits["test"] == 564 - 12
+    assert counts["spring"] == (5000 - 37) * 4 and DATASETS["spring"].splits["test"] == (1000 - 10) * 4
 
 
 def test_chairs_split_file(tmp_path, caplog):
@@ -284,20 +286,44 @@ def test_records_outlive_a_change_of_folder(tmp_path, monkeypatch):
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'sintel_clean'") as error:
         load_source("sintel_claen", tmp_path)
-    assert all(name in str(error.value) for name in SOURCES)
-    with pytest.raises(ValueError, match="kitti_2015: expected a split of training, testing, all, received 'test'"):
+    assert all(name in str(error.value) for name in DATASETS)
+    with pytest.raises(ValueError, match="kitti_2015: split must be one of training, testing, all; got 'test'"):
         load_source("kitti_2015", tmp_path, "test")
-    with pytest.raises(ValueError, match="sintel_clean: expected a split"):
-        SOURCES["sintel_clean"].load(tmp_path, "trainig")
-    with pytest.raises(ValueError, match="expected a render_pass of clean, final, received 'albedo'"):
-        layouts.sintel(tmp_path, "training", render_pass="albedo")
+    with pytest.raises(ValueError, match="sintel_clean: split must be one of"):
+        DATASETS["sintel_clean"].reader(tmp_path, "trainig")
+    with pytest.raises(ValueError, match="render_pass must be one of clean, final; got 'albedo'"):
+        readers.sintel(tmp_path, "training", render_pass="albedo")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+def test_records_are_checked_when_they_are_made():
+    record = DATASETS["sintel_clean"]
+    for changes, message in [
+        ({"training_split": "train"}, "training_split must be one of training, test, all; got 'train'"),
+        ({"protocol": replace(record.protocol, split="validation")}, "protocol.split must be one of"),
+        (
+            {"protocol": replace(record.protocol, padding="top")},
+            "padding must be one of split, bottom, none; got 'top'",
+        ),
+        ({"protocol": replace(record.protocol, num_flow_updates=0)}, "num_flow_updates must be at least 1; got 0"),
+        ({"submission": replace(record.submission, split="testing")}, "submission.split must be one of"),
+        ({"license": replace(record.license, identifier="")}, "license.identifier must not be empty"),
+    ]:
+        with pytest.raises(ValueError, match=f"sintel_clean: .*{message}"):
+            replace(record, **changes)
+    with pytest.raises(ValueError, match="sintel_clean: there must be one record of a name"):
+        index_records([record, record])
+    with pytest.raises(ValueError, match="other_pass must name a data set with a server; got 'sintel_final'"):
+        index_records([record])
+    complete = {field.name for field in fields(DatasetRecord) if field.default is MISSING}
+    assert complete == {"name", "folder", "reader", "splits", "license", "protocol"}  # none can be forgotten
+    assert all(name == record.name for name, record in DATASETS.items())
+
+
+@pytest.mark.parametrize("name", DATASETS)
 def test_splits_are_those_that_are_listed(tmp_path, name):
-    listed = ", ".join(SOURCES[name].splits)
-    with pytest.raises(ValueError, match=f"{name}: expected a split of {listed}, received 'trainig'"):
-        SOURCES[name].load(tmp_path, "trainig")
+    listed = ", ".join(DATASETS[name].splits)
+    with pytest.raises(ValueError, match=f"{name}: split must be one of {listed}; got 'trainig'"):
+        DATASETS[name].reader(tmp_path, "trainig")
 
 
 def test_real_samples_read(sample_data, caplog):
@@ -310,7 +336,7 @@ def test_real_samples_read(sample_data, caplog):
     }
     mean_speed = {}
     for name, expected in ids.items():
-        dataset = load_source(name, sample_data / SOURCES[name].folder, "all")
+        dataset = load_source(name, sample_data / DATASETS[name].folder, "all")
         assert list(dataset["id"]) == expected
         for row in dataset:
             sample = to_sample(row)

@@ -16,9 +16,10 @@ from test_modeling_raft import tiny_config
 from tiny_run import CPU, environment, free_port
 
 import evaluate_flow
+from flow_data.datasets import SUBMISSIONS
 from flow_data.flow_io import read_flow
 from flow_inference.prediction import predict_pair
-from flow_inference.submission import SUBMISSIONS, find_missing, write_result
+from flow_inference.submission import find_missing, write_result
 from modeling_raft import RaftForOpticalFlow
 
 PROJECT = Path(__file__).resolve().parents[1]

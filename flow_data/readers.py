@@ -1,7 +1,7 @@
-"""The layouts of the published optical-flow data sets, one function each: root, split -> file records.
+"""Readers of the published optical-flow data sets, one function each: root, split -> file records.
 
-They are those of the data sets' own downloads; `root` is always the data set's own folder. Nothing is decoded before a
-record is looked at. Every function returns and raises what `flow_data.sources.load_source` does.
+They read the layouts of the data sets' own downloads; `root` is always the data set's own folder. Nothing is decoded
+before a row is accessed. Every function returns and raises what `flow_data.datasets.load_source` does.
 """
 
 import logging
@@ -12,7 +12,17 @@ from pathlib import Path
 from datasets import Dataset, Features, Image
 
 from flow_data.features import FLOW_FEATURES, OpticalFlow, ValidMask
-from flow_data.pairing import Pair, absolute, choose, consecutive_pairs, files, first_few, listing, shift, to_dataset
+from flow_data.pairing import (
+    Pair,
+    absolute,
+    consecutive_pairs,
+    files,
+    first_few,
+    listing,
+    shift,
+    to_dataset,
+    validate_choice,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +41,7 @@ def flying_chairs(root: str | os.PathLike[str], split: str) -> Dataset:
             validation (2).
         split: training, validation or all; `all` needs no split file.
     """
-    wanted = choose("flying_chairs", "split", split, {"training": "1", "validation": "2", "all": None})
+    wanted = validate_choice("flying_chairs", "split", split, {"training": "1", "validation": "2", "all": None})
     folder = f"{absolute(root)}/data"
     kinds = files(folder, r"(\d+_(?:img1\.ppm|img2\.ppm|flow\.flo))")
     numbers = {name.split("_")[0] for name in kinds}
@@ -65,17 +75,17 @@ def flying_things(
         render_pass: clean or final.
         cameras: of left, right; by default what the split says.
     """
-    folder = choose("flying_things", "render_pass", render_pass, PASSES)
+    folder = validate_choice("flying_things", "render_pass", render_pass, PASSES)
     source = f"flying_things_{render_pass}"
     both = {"left": "L", "right": "R"}
-    parts, default_cameras = choose(
+    parts, default_cameras = validate_choice(
         source,
         "split",
         split,
         {"training": (["TRAIN"], ["left"]), "test": (["TEST"], ["left"]), "all": (["TEST", "TRAIN"], list(both))},
     )
     cameras = default_cameras if cameras is None else cameras
-    letters = {camera: choose(source, "camera", camera, both) for camera in cameras}
+    letters = {camera: validate_choice(source, "camera", camera, both) for camera in cameras}
     flow_root, frame_root = f"{absolute(root)}/optical_flow", f"{absolute(root)}/frames_{folder}"
 
     def below(path: str) -> set[str]:
@@ -109,9 +119,9 @@ def sintel(root: str | os.PathLike[str], split: str, render_pass: str = "clean")
         split: training, test (without ground truth: `flow` is None) or all, which is training.
         render_pass: clean or final.
     """
-    choose("sintel", "render_pass", render_pass, PASSES)
+    validate_choice("sintel", "render_pass", render_pass, PASSES)
     source = f"sintel_{render_pass}"
-    part = choose(source, "split", split, {"training": "training", "test": "test", "all": "training"})
+    part = validate_choice(source, "split", split, {"training": "training", "test": "test", "all": "training"})
     truth = part == "training"
     base = f"{absolute(root)}/{part}"
     frame_root, flow_root = f"{base}/{render_pass}", f"{base}/flow"
@@ -153,7 +163,7 @@ def kitti_2015(root: str | os.PathLike[str], split: str) -> Dataset:
 
 def _kitti(source: str, root: str | os.PathLike[str], split: str, cameras: Sequence[str]) -> Dataset:
     """Either KITTI; of `cameras`, the first that there is."""
-    part = choose(source, "split", split, {"training": "training", "testing": "testing", "all": "training"})
+    part = validate_choice(source, "split", split, {"training": "training", "testing": "testing", "all": "training"})
     base = f"{absolute(root)}/{part}"
     camera = next((camera for camera in cameras if listing(f"{base}/{camera}")), cameras[0])
     truth = part == "training"
@@ -178,7 +188,7 @@ def hd1k(root: str | os.PathLike[str], split: str) -> Dataset:
         root: folder `HD1K`.
         split: training or all, which are the same.
     """
-    choose("hd1k", "split", split, {"training": None, "all": None})
+    validate_choice("hd1k", "split", split, {"training": None, "all": None})
     flow_root, frame_root = f"{absolute(root)}/hd1k_flow_gt/flow_occ", f"{absolute(root)}/hd1k_input/image_2"
     frames, flows = (_by_sequence(files(folder, r"(\d+_\d+)\.png")) for folder in (frame_root, flow_root))
     pairs: list[Pair] = []
@@ -205,7 +215,7 @@ def middlebury(root: str | os.PathLike[str], split: str) -> Dataset:
         root: folder `Middlebury`.
         split: training or all, which are the same: the scenes with public ground truth.
     """
-    choose("middlebury", "split", split, {"training": None, "all": None})
+    validate_choice("middlebury", "split", split, {"training": None, "all": None})
     flow_root, frame_root = f"{absolute(root)}/other-gt-flow", f"{absolute(root)}/other-data"
     pairs: list[Pair] = []
     for scene in listing(flow_root, frame_root):
@@ -229,7 +239,7 @@ def spring(root: str | os.PathLike[str], split: str) -> Dataset:
         root: folder `Spring`; its `train` and `test` may also lie in a folder `spring` there.
         split: training, test (without ground truth: `flow` is None) or all, which is training.
     """
-    part = choose("spring", "split", split, {"training": "train", "test": "test", "all": "train"})
+    part = validate_choice("spring", "split", split, {"training": "train", "test": "test", "all": "train"})
     truth = part == "train"
     outer = absolute(root)
     bases = f"{outer}/{part}", f"{outer}/spring/{part}"
@@ -260,7 +270,7 @@ def tartanair(root: str | os.PathLike[str], split: str) -> Dataset:
         root: folder `TartanAir`.
         split: training or all, which are the same.
     """
-    choose("tartanair", "split", split, {"training": None, "all": None})
+    validate_choice("tartanair", "split", split, {"training": None, "all": None})
     base = absolute(root)
     pairs: list[Pair] = []
     for environment in listing(base):
