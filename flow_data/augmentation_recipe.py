@@ -164,8 +164,8 @@ def draw_offset_sparse(rng: np.random.Generator, size: tuple[int, int], crop_siz
 
 def _check(frame_size: tuple[int, int], crop_size: tuple[int, int], zoom_range: tuple[float, float]) -> None:
     if min(crop_size) < 1:
-        raise ValueError(f"crop_size must be (height, width) of at least 1 px each, got {crop_size}")
+        raise ValueError(f"crop_size must be (height, width) of at least 1 px each; got {crop_size}")
     if not -MAX_ZOOM <= zoom_range[0] <= zoom_range[1] <= MAX_ZOOM:
-        raise ValueError(f"zoom_range must be (lowest, highest) in log2, within +-{MAX_ZOOM}, got {zoom_range}")
+        raise ValueError(f"zoom_range must be (lowest, highest) in log2, within +-{MAX_ZOOM}; got {zoom_range}")
     if min(frame_size) < 1:
-        raise ValueError(f"frames must have at least 1 px per side, got (height, width) {frame_size}")
+        raise ValueError(f"frames must have at least 1 px per side; got (height, width) {frame_size}")

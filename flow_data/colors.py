@@ -72,7 +72,7 @@ def adjust_colors(image: np.ndarray, adjustments: Adjustments, probe: np.ndarray
         elif name == "hue":
             image, probe = _turn_hue(image, factor), _turn_hue(probe, factor)
         else:
-            raise ValueError(f"expected brightness, contrast, saturation or hue, got {name!r}")
+            raise ValueError(f"an adjustment must be brightness, contrast, saturation or hue; got {name!r}")
     return image, probe
 
 

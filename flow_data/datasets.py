@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from flow_data import readers
 from flow_data.features import OpticalFlow
-from flow_data.kitti_png import KITTI_LIMITS
+from flow_data.formats.kitti_png import KITTI_LIMITS
 from flow_data.pairing import validate_choice
 from flow_data.pairs import pairs
 from flow_data.synthetic import SyntheticOptions, synthetic

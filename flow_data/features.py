@@ -20,8 +20,8 @@ from datasets.features.features import register_feature
 
 from flow_data.file_names import find_path
 from flow_data.flow_io import decode_flow, describe_loss, encode_flow, encode_with_loss, read_flow
+from flow_data.formats.masks import decode_mask, encode_mask
 from flow_data.images import read_pair
-from flow_data.masks import decode_mask, encode_mask
 
 
 @dataclass
@@ -69,7 +69,7 @@ class OpticalFlow:
             return {"bytes": self._encode_arrays(value["flow"], value.get("valid")), "path": None}
         if isinstance(value, Mapping) and not (value.get("bytes") is None and value.get("path") is None):
             return {"bytes": value.get("bytes"), "path": value.get("path")}
-        raise ValueError(f"expected a path, a dict with 'bytes' or 'path', or (flow, valid), received {value!r:.200}")
+        raise ValueError(f"a flow must be a path, a dict with 'bytes' or 'path', or (flow, valid); got {value!r:.200}")
 
     def decode_example(
         self, value: Mapping[str, Any], token_per_repo_id: dict[str, str | bool | None] | None = None
@@ -94,7 +94,7 @@ class OpticalFlow:
             return dict(value)  # idempotent, as datasets.Image is
         data, path = value["bytes"], value["path"]
         if data is None and path is None:
-            raise ValueError("expected 'bytes' or 'path' of a flow file, received neither")
+            raise ValueError("a flow must have 'bytes' or 'path'; got neither")
         flow, valid = read_flow(path) if data is None else decode_flow(data, path or "bytes.flo")
         if self.stride > 1:  # copied, for what does not like views
             flow, valid = (array[:: self.stride, :: self.stride].copy() for array in (flow, valid))
@@ -187,7 +187,7 @@ class ValidMask:
             return {"bytes": value.get("bytes"), "path": value.get("path")}
         if isinstance(value, np.ndarray):
             return {"bytes": encode_mask(~value if self.zero_is_valid else value), "path": None}
-        raise ValueError(f"expected a path, a dict with 'bytes' or 'path', or a mask, received {value!r:.200}")
+        raise ValueError(f"a mask must be a path, a dict with 'bytes' or 'path', or an array; got {value!r:.200}")
 
     def decode_example(
         self, value: Mapping[str, Any] | np.ndarray, token_per_repo_id: dict[str, str | bool | None] | None = None
@@ -237,9 +237,9 @@ def _cast_files(storage: pa.Array) -> pa.StructArray:
     if pa.types.is_struct(storage.type):
         names = {storage.type.field(i).name for i in range(storage.type.num_fields)}
         if not names & {"bytes", "path"}:
-            raise ValueError(f"expected a column with 'bytes' or 'path', received one with {sorted(names)}")
+            raise ValueError(f"a column must have 'bytes' or 'path'; got one with {sorted(names)}")
     elif not any(kind(storage.type) for kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)):
-        raise ValueError(f"expected a column of paths or of 'bytes' and 'path', received {storage.type}")
+        raise ValueError(f"a column must be of paths or of 'bytes' and 'path'; got {storage.type}")
     return Image().cast_storage(storage)  # the stored form is the same
 
 
@@ -285,17 +285,15 @@ def to_sample(row: Mapping[str, Any]) -> FlowSample:
     """
     name = row["id"]
     if row["flow"] is None:
-        raise ValueError(f"{name}: expected ground-truth flow, received none (is this a test split?)")
+        raise ValueError(f"{name}: there must be ground-truth flow; got none (is this a test split?)")
     image1, image2 = read_pair(row)
     flow, valid = row["flow"]["flow"], row["flow"]["valid"]
     mask = row.get("valid")
     height, width = image1.shape[:2]
     for key, array in (("image2", image2), ("flow", flow), ("valid", mask)):
         if array is not None and array.shape[:2] != (height, width):
-            received = f"{array.shape[0]} x {array.shape[1]}"
-            raise ValueError(
-                f"{name}: expected {key} of image1's size {height} x {width} (h x w), received {received}"
-            )
+            size = f"{array.shape[0]} x {array.shape[1]}"
+            raise ValueError(f"{name}: {key} must be of image1's size {height} x {width} (h x w); got {size}")
     if mask is not None:
         valid = valid & mask
         flow = np.where(valid[..., None], flow, np.float32(0))

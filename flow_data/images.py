@@ -6,7 +6,7 @@ turns pictures as EXIF says. So the checksums of a PNG's chunks are compared her
 only then are its pixels decoded: RGB by kornia-rs, which takes 0.4 of OpenCV's time (most of what a training sample
 costs), and the rest by OpenCV. The former does not compare zlib's own checksum of the pixels: it would not notice that
 a file was written wrong, with right checksums around wrong data. A PNG that is damaged where it holds no pixels is
-decoded after zlib's checksum has proved the pixels complete (`flow_data.png_files`). Binary PPM is little but a
+decoded after zlib's checksum has proved the pixels complete (`flow_data.formats.png`). Binary PPM is little but a
 header. All else, JPEG too, is Pillow's.
 """
 
@@ -25,9 +25,9 @@ import PIL.TiffImagePlugin
 from datasets import Image
 from kornia_rs.io import decode_image_png_u8
 
-from flow_data.file_limits import MAX_PIXELS, check_pixels
 from flow_data.file_names import find_path
-from flow_data.png_files import PNG_RGB, PNG_SIGNATURE, plain_png, read_png
+from flow_data.formats.limits import MAX_PIXELS, check_pixels
+from flow_data.formats.png import PNG_RGB, PNG_SIGNATURE, plain_png, read_png
 
 PPM_HEADER = re.compile(rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s")  # a comment in it, or 16 bits: Pillow knows
 
@@ -115,7 +115,7 @@ def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarra
     """
     image = _read_image(value, name)
     if image.dtype != np.uint8:
-        raise ValueError(f"{name}: an 8-bit image was expected; got {image.dtype}")
+        raise ValueError(f"{name}: an image must have 8 bits; got {image.dtype}")
     return image
 
 
@@ -128,7 +128,7 @@ def _read_image(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.nda
         name = f"{name} ({path})"
     if data is None:
         if path is None:
-            raise ValueError(f"{name}: expected 'bytes' or 'path' of an image, received neither")
+            raise ValueError(f"{name}: an image must have 'bytes' or 'path'; got neither")
         data = Path(find_path(path)).read_bytes()
     if data.startswith(PNG_SIGNATURE):
         return _decode_png(data, name)
@@ -182,7 +182,7 @@ def _turn_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _from_pil(image: PIL.Image.Image, name: str) -> np.ndarray:
     if image.mode not in EIGHT_BIT_MODES + DEEP_MODES:
-        raise ValueError(f"{name}: a color or gray image was expected; got Pillow's mode {image.mode}")
+        raise ValueError(f"{name}: an image must be color or gray; got Pillow's mode {image.mode}")
     try:
         if image.mode in DEEP_MODES:
             return _as_rgb(np.array(image))

@@ -147,11 +147,13 @@ def _lines(path: str) -> Iterator[tuple[int, Cells]]:
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in TABLE_SUFFIXES:
-        raise ValueError(f"pairs: expected a folder or a table ending in {', '.join(TABLE_SUFFIXES)}, received {path}")
+        raise ValueError(
+            f"pairs: pairs must be a folder or a table ending in one of {', '.join(TABLE_SUFFIXES)}; got {path}"
+        )
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a table in UTF-8: {error}") from error
+        raise ValueError(f"{path}: a table must be in UTF-8: {error}") from error
     return _csv_lines(text, path) if suffix == ".csv" else _json_lines(text)
 
 
@@ -161,7 +163,7 @@ def _csv_lines(text: str, path: str) -> Iterator[tuple[int, Cells]]:
         columns = [(name or "").strip() for name in reader.fieldnames or []]
         if not {"image1", "image2"} <= set(columns):
             received = ", ".join(columns) or "nothing"
-            raise ValueError(f"{path}: expected columns image1, image2, flow in its first line, received {received}")
+            raise ValueError(f"{path}: the first line must have the columns image1, image2, flow; got {received}")
         reader.fieldnames = columns
         for cells in reader:
             yield reader.line_num, cells

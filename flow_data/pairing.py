@@ -171,7 +171,7 @@ def to_dataset(
         fault = "holds no such file" if os.path.isdir(folder) else "does not exist"
         if left_out:
             fault = f"{fault if fault == 'does not exist' else 'holds no complete pair'}; {'; '.join(left_out)}"
-        raise FileNotFoundError(f"{source}: no pairs: expected {layout}; looked in {folder}, which {fault}")
+        raise FileNotFoundError(f"{source}: no pairs: there must be {layout}; looked in {folder}, which {fault}")
     for message in left_out:
         logger.warning("%s: %s", source, message)
     columns = dict(zip(Pair._fields, map(list, zip(*complete, strict=True)), strict=True))

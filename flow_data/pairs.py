@@ -55,7 +55,7 @@ def pairs(root: str | os.PathLike[str], split: str) -> Dataset:
     if preferred or (tables and not sub_folders):
         tables = preferred or tables
         if len(tables) > 1:
-            raise ValueError(f"pairs: expected one table in {path}, received {', '.join(tables)}: give its path")
+            raise ValueError(f"pairs: there must be one table in {path}; got {', '.join(tables)}: give its path")
         return _of_table(f"{path}/{tables[0]}")
     return _of_folder(path, sub_folders)
 
@@ -77,7 +77,7 @@ def _of_folder(path: str, sub_folders: bool) -> Dataset:
     _unify_stems(found)
     for mask in found["valid"].values():
         if not mask.lower().endswith(MASK_SUFFIXES):  # better than to train on what it masks
-            raise ValueError(f"pairs: expected a mask ending in {', '.join(MASK_SUFFIXES)}, received {mask}")
+            raise ValueError(f"pairs: a mask must end in one of {', '.join(MASK_SUFFIXES)}; got {mask}")
     stem_set = {*found["image1"], *found["image2"], *found["flow"]}
     if orphans := sorted(set(found["valid"]) - stem_set):
         logger.warning("pairs: %d masks without a pair: %s", len(orphans), first_few(orphans))
@@ -122,6 +122,6 @@ def _by_stem(folder: str, ending: str, suffixes: Collection[str]) -> dict[str, s
             continue
         if match[1] in found:
             other = os.path.basename(found[match[1]])
-            raise ValueError(f"pairs: {folder}: expected one file of a stem, received {other} and {name}")
+            raise ValueError(f"pairs: {folder}: there must be one file of a stem; got {other} and {name}")
         found[match[1]] = f"{folder}/{name}"
     return found

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from flow_data.datasets import DATASETS, check_source, check_split, has_ground_truth, load_source
 from flow_data.features import FlowSample, OpticalFlow, to_sample
 from flow_data.flow_io import encode_flow
-from flow_data.masks import encode_mask
+from flow_data.formats.masks import encode_mask
 
 STORED_FILE = {"bytes": Value("binary"), "path": Value("string")}
 PUBLISHED_FEATURES = Features(

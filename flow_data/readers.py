@@ -301,5 +301,5 @@ def _read_chairs_split(path: Path) -> list[str]:
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")]
     for number, line in enumerate(lines, start=1):
         if line not in ("1", "2"):
-            raise ValueError(f"{path}, line {number}: expected 1 (training) or 2 (validation), received {line!r:.80}")
+            raise ValueError(f"{path}, line {number}: it must be 1 (training) or 2 (validation); got {line!r:.80}")
     return lines

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from flow_data.file_limits import check_pixels
+from flow_data.formats.limits import check_pixels
 from flow_data.pairing import natural_order
 from flow_inference.video_files import VideoReader
 from modeling_raft.frames_raft import FrameConverter, describe, read_frame

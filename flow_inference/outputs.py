@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flow_data.flow_io import describe_loss, write_flow
-from flow_data.masks import encode_mask
+from flow_data.formats.masks import encode_mask
 from flow_data.pictures import draw_flow
 from flow_data.whole_files import whole_file
 from flow_inference.video import VideoFlow

@@ -60,7 +60,7 @@ def read_frames(row: Mapping[str, Any]) -> FramePair:
     frames = FramePair(*read_pair(row))
     if frames.image1.shape != frames.image2.shape:
         sizes = " and ".join(f"{frame.shape[0]} x {frame.shape[1]}" for frame in frames)
-        raise ValueError(f"{row['id']}: expected frames of one size (h x w), received {sizes}")
+        raise ValueError(f"{row['id']}: both frames must have one size (h x w); got {sizes}")
     return frames
 
 

@@ -284,7 +284,7 @@ def test_columns_of_others_are_read_or_refused_alike(folder, tmp_path, streaming
     (tmp_path / "numbers").mkdir()
     numbers = table.set_column(table.column_names.index("flow"), "flow", pa.array([1.0] * NUM_PAIRS))
     pq.write_table(numbers, tmp_path / "numbers" / "train.parquet")
-    with pytest.raises(OSError, match="dataset_name: cannot read .*numbers: expected a column of paths or of 'bytes'"):
+    with pytest.raises(OSError, match="dataset_name: cannot read .*numbers: a column must be of paths or of 'bytes'"):
         load_hub_dataset(str(tmp_path / "numbers"), streaming=streaming)
 
 

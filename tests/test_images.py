@@ -14,8 +14,9 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flow_data import file_limits, images
+from flow_data import images
 from flow_data.features import FLOW_FEATURES, to_sample
+from flow_data.formats import limits
 from flow_data.images import read_rgb, undecoded
 from flow_data.synthetic import SyntheticOptions, synthetic
 
@@ -136,7 +137,7 @@ def test_files_are_read_where_there_are_no_bytes(tmp_path):
 )
 def test_other_depths_are_no_8_bit_images(data):
     """Alone they have no range of intensities; `read_pair` reads them."""
-    with pytest.raises(ValueError, match="pair 7: image1: an 8-bit image was expected; got uint16"):
+    with pytest.raises(ValueError, match="pair 7: image1: an image must have 8 bits; got uint16"):
         read_rgb(stored(data), "pair 7: image1")
 
 
@@ -294,8 +295,8 @@ def blank(width: int, height: int, kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "PPM", "BMP"])
 def test_one_limit_for_every_format(kind, monkeypatch, recwarn):
     """It is Pillow's own, whose default is checked, too."""
-    assert file_limits.MAX_PIXELS == 2 * PIL.Image.MAX_IMAGE_PIXELS
-    monkeypatch.setattr(file_limits, "MAX_PIXELS", 60 * 40)
+    assert limits.MAX_PIXELS == 2 * PIL.Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(limits, "MAX_PIXELS", 60 * 40)
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 60 * 40 / 2)
     assert read_rgb(stored(blank(60, 40, kind)), "x").shape == (40, 60, 3)
     assert not recwarn.list

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flow_data.masks import decode_mask, encode_mask
+from flow_data.formats.masks import decode_mask, encode_mask
 
 MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 20)))
 EXAMPLE = np.arange(35).reshape(5, 7) % 3 > 0
@@ -123,7 +123,7 @@ RGB = PIL.Image.fromarray(np.zeros((4, 5, 3), np.uint8))
         ("a.npy", NPY + b"\0", "too long"),
         ("a.npy", npy(EXAMPLE.astype(np.float32)), "'<f4'"),
         ("a.npy", npy(EXAMPLE.astype(object)), "'|O'"),
-        ("a.npy", npy(EXAMPLE[..., None]), r"received \(5, 7, 1\)"),
+        ("a.npy", npy(EXAMPLE[..., None]), r"got \(5, 7, 1\)"),
         ("a.npy", npy(EXAMPLE[0]), r"\(7,\)"),
     ],
 )
@@ -180,10 +180,10 @@ def test_random_damage_never_crashes(name, original, data):
 @pytest.mark.parametrize(
     ("mask", "fault"),
     [
-        (EXAMPLE.astype(np.uint8), r"received uint8 \(5, 7\)"),
-        (EXAMPLE[None], r"received bool \(1, 5, 7\)"),
-        (EXAMPLE[:0], r"received bool \(0, 7\)"),
-        ([[True]], "received list"),
+        (EXAMPLE.astype(np.uint8), r"got uint8 \(5, 7\)"),
+        (EXAMPLE[None], r"got bool \(1, 5, 7\)"),
+        (EXAMPLE[:0], r"got bool \(0, 7\)"),
+        ([[True]], "got list"),
     ],
 )
 def test_arrays_that_are_no_mask_are_refused(mask, fault):

@@ -205,17 +205,17 @@ def test_a_table_that_is_none(folder):
             load_source("pairs", folder / name)
 
     write_csv(folder / "pairs.csv", "files/3_img1.png,files/3_img2.png", header="image1,img2")
-    refused(r"pairs\.csv: expected columns image1, image2, flow in its first line, received image1, img2")
+    refused(r"pairs\.csv: the first line must have the columns image1, image2, flow; got image1, img2")
     (folder / "pairs.csv").write_bytes(b"")
-    refused(r"received nothing")
+    refused(r"got nothing")
     write_csv(folder / "pairs.csv")
     refused(r"no usable pair in .*: it has no lines")
     write_csv(folder / "pairs.csv", '"files/3_img1.png')
     refused(r"pairs\.csv, after line 1: unexpected end of data")
     (folder / "pairs.csv").write_bytes(b"image1,image2\n\xff\xfe,a\n")
-    refused("expected a table in UTF-8")
+    refused("a table must be in UTF-8")
     (folder / "pairs.txt").write_text("")
-    refused(r"expected a folder or a table ending in \.csv, \.jsonl, received .*pairs\.txt", "pairs.txt")
+    refused(r"must be a folder or a table ending in one of \.csv, \.jsonl; got .*pairs\.txt", "pairs.txt")
 
 
 CELLS = st.sampled_from(
@@ -246,12 +246,12 @@ def test_names_that_are_too_long(folder):
 def test_which_table(folder):
     for mark, name in ((3, "b.csv"), (5, "a.jsonl")):
         write_csv(folder / name, "files/" + FILES.format(mark).replace(",", ",files/"))
-    with pytest.raises(ValueError, match=r"expected one table in .*, received a\.jsonl, b\.csv: give its path"):
+    with pytest.raises(ValueError, match=r"there must be one table in .*; got a\.jsonl, b\.csv: give its path"):
         load_source("pairs", folder)
     write_csv(folder / "pairs.csv", "files/" + FILES.format(10).replace(",", ",files/"))
     assert list(load_source("pairs", folder)["id"]) == ["10_flow"]
     (folder / "pairs.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"received pairs\.csv, pairs\.jsonl"):
+    with pytest.raises(ValueError, match=r"got pairs\.csv, pairs\.jsonl"):
         load_source("pairs", folder)
 
 
@@ -326,7 +326,7 @@ def test_two_files_of_a_stem(tmp_path, names, other):
     write_pair(tmp_path, 3, names)
     (tmp_path / other).write_bytes(b"")
     mine = next(name.format(3) for name in names if name.format(3).rsplit(".")[0] == other.rsplit(".")[0])
-    with pytest.raises(ValueError, match="expected one file of a stem") as error:
+    with pytest.raises(ValueError, match="there must be one file of a stem") as error:
         load_source("pairs", tmp_path)
     assert Path(mine).name in str(error.value) and Path(other).name in str(error.value)
 
@@ -334,7 +334,7 @@ def test_two_files_of_a_stem(tmp_path, names, other):
 def test_a_mask_that_cannot_be_read_is_not_ignored(tmp_path):
     write_pair(tmp_path, 3, SUB_FOLDERS)
     (tmp_path / "valid/3.png").rename(tmp_path / "valid/3.jpg")
-    with pytest.raises(ValueError, match=r"expected a mask ending in \.png, \.npy, received .*valid/3\.jpg"):
+    with pytest.raises(ValueError, match=r"a mask must end in one of \.png, \.npy; got .*valid/3\.jpg"):
         load_source("pairs", tmp_path)
 
 
@@ -343,7 +343,7 @@ def test_nothing_found(tmp_path, there):
     if there:
         (tmp_path / "elsewhere/nested").mkdir(parents=True)
     with pytest.raises(
-        FileNotFoundError, match=r"pairs: no pairs: expected pairs\.csv .*NAME_flow\.flo.*elsewhere"
+        FileNotFoundError, match=r"pairs: no pairs: there must be pairs\.csv .*NAME_flow\.flo.*elsewhere"
     ) as error:
         load_source("pairs", tmp_path / "elsewhere")
     assert ("holds no such file" if there else "does not exist") in str(error.value)

@@ -12,8 +12,8 @@ from PIL import Image
 from test_modeling_raft import tiny_config
 
 import predict_flow
-from flow_data import file_limits
 from flow_data.flow_io import read_flow
+from flow_data.formats import limits
 from flow_data.pictures import draw_flow
 from flow_inference import FlowVideo, frame_sources
 from flow_inference.outputs import FlowFilms
@@ -244,7 +244,7 @@ def test_shared_frames_of_large_motion(sample_weights, tmp_path):
 def test_frames_too_large_for_a_flow_file_are_refused_before_any_flow(job, monkeypatch):
     folder, arguments, _ = job
     monkeypatch.setattr("flow_inference.video.FlowEstimator.encode", lambda *_: pytest.fail("it computes"))
-    monkeypatch.setattr(file_limits, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr(limits, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(SystemExit, match="size must be 1 to at most"):
         predict_flow.main([*arguments, "--output", str(folder / "out.flo")])
     with pytest.raises(ValueError, match=f"frame 1: size must be 1 to at most .*; got {WIDTH} x {HEIGHT}"):

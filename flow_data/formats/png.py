@@ -10,7 +10,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from flow_data.file_limits import DEFLATE_MAX_RATIO, check_size, inflate
+from flow_data.formats.limits import DEFLATE_MAX_RATIO, check_size, inflate
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_GREY, PNG_RGB, PNG_PALETTE = 0, 2, 3
@@ -67,7 +67,7 @@ def read_png(data: bytes, name: str) -> Png:
             a missing IEND chunk excepted.
     """
     if data[:8] != PNG_SIGNATURE:
-        raise ValueError(f"{name}: not a PNG: expected it to begin with {PNG_SIGNATURE!r}, received {data[:8]!r}")
+        raise ValueError(f"{name}: not a PNG: it must begin with {PNG_SIGNATURE!r}; got {data[:8]!r}")
     view = memoryview(data)  # whose slices are not copies
     header, palette, compressed = b"", b"", []
     position, kind, intact = 8, b"", True
@@ -88,7 +88,7 @@ def read_png(data: bytes, name: str) -> Png:
                 raise ValueError(f"{name}: damaged PNG: wrong checksum in chunk {kind!r} at byte {position}")
             intact = False
         if (kind == b"IHDR") != (position == 8) or (kind == b"IHDR" and length != 13):
-            raise ValueError(f"{name}: damaged PNG: expected one IHDR chunk of 13 bytes, and that first")
+            raise ValueError(f"{name}: damaged PNG: there must be one IHDR chunk of 13 bytes, and that first")
         if kind == b"IHDR":
             header = bytes(body)
         elif kind == b"PLTE":

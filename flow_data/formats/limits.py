@@ -31,7 +31,7 @@ def check_size(name: str, width: int, height: int, expected: int, received: int)
     """Compare what a header promises with what there is, before anything of that size is allocated.
 
     Args:
-        name: errors are told with it.
+        name: begins the messages of errors.
         width: pixels, as the header says.
         height: pixels, as the header says.
         expected: bytes that a file of that size has.
@@ -53,7 +53,7 @@ def inflate(stream: bytes, expected: int, name: str) -> bytes:
     Args:
         stream: the whole stream.
         expected: bytes it must expand to; never much more is allocated, whatever the stream asks for.
-        name: errors are told with it.
+        name: begins the messages of errors.
 
     Returns:
         The `expected` bytes.
@@ -67,8 +67,8 @@ def inflate(stream: bytes, expected: int, name: str) -> bytes:
     except zlib.error as error:
         raise ValueError(f"{name}: damaged: {error}") from error
     if len(data) != expected:
-        fault, received = ("too long", "more") if len(data) > expected else ("truncated", str(len(data)))
-        raise ValueError(f"{name}: {fault}: expected {expected} bytes of compressed data, received {received}")
+        problem, received = ("too long", "more") if len(data) > expected else ("truncated", str(len(data)))
+        raise ValueError(f"{name}: {problem}: compressed data must expand to {expected} bytes; got {received}")
     if not inflater.eof or inflater.unused_data:
         raise ValueError(f"{name}: damaged: its compressed data does not end where it should")
     return data

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from flow_data.file_limits import DEFLATE_MAX_RATIO, MAX_PIXELS, check_pixels, check_size, inflate
+from flow_data.formats.flow_format import FlowFormat, floating_range
+from flow_data.formats.limits import DEFLATE_MAX_RATIO, MAX_PIXELS, check_pixels, check_size, inflate
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUPERBLOCK_FIELDS = {0: (13, 24, 40), 1: (13, 28, 44), 2: (9, 12, 28), 3: (9, 12, 28)}  # see _check_superblock
@@ -43,7 +44,7 @@ def decode_flo5(data: bytes, name: str) -> np.ndarray:
 
     Args:
         data: the whole file. Float32 or float64, stored at once or in chunks, plain or with gzip, shuffle, fletcher32.
-        name: errors are told with it.
+        name: begins the messages of errors.
 
     Returns:
         `(H, W, 2)` floating, pixels; NaN where unknown.
@@ -85,9 +86,9 @@ def encode_flo5(flow: np.ndarray) -> bytes:
 def _check_superblock(data: bytes, name: str) -> None:
     """Compare the file's length with the one in its superblock (HDF5 file format specification, section II.A)."""
     if data[:8] != SIGNATURE:
-        raise ValueError(f"{name}: not an HDF5 file: expected it to begin with {SIGNATURE!r}, received {data[:8]!r}")
+        raise ValueError(f"{name}: not an HDF5 file: it must begin with {SIGNATURE!r}; got {data[:8]!r}")
     if len(data) < 48:
-        raise ValueError(f"{name}: truncated: expected a superblock of 48 bytes, the file holds {len(data)}")
+        raise ValueError(f"{name}: truncated: the superblock must have 48 bytes; the file holds {len(data)}")
     # Per version, the positions of: the width of an address, the address that others are relative to, the file's end.
     address_width, base, end = SUPERBLOCK_FIELDS.get(data[8], (8, 8, 8))
     if data[8] not in SUPERBLOCK_FIELDS or data[address_width] != 8 or any(data[base : base + 8]):
@@ -102,16 +103,16 @@ def _locate(file: h5py.File) -> _Storage:
     """Find the parts of "flow" in an open file, without reading them."""
     link = file.get("flow", getlink=True)
     if link is None:
-        raise ValueError(f"expected a dataset 'flow', received {', '.join(file) or 'nothing':.200}")
+        raise ValueError(f"the file must hold a dataset 'flow'; got {', '.join(file) or 'nothing':.200}")
     if not isinstance(link, h5py.HardLink):
-        raise ValueError("expected 'flow' in the file itself, received a link to elsewhere")
+        raise ValueError("'flow' must be in the file itself; got a link to elsewhere")
     dataset = h5py.h5o.open(file.id, b"flow")
     if not isinstance(dataset, h5py.h5d.DatasetID):
-        raise ValueError("expected 'flow' to be a dataset")
+        raise ValueError("'flow' must be a dataset; got a group")
     dtypes = [np.dtype(dtype) for hdf5_type, dtype in DTYPES if dataset.get_type() == hdf5_type]
     shape, properties = dataset.shape, dataset.get_create_plist()
     if not dtypes or shape is None or len(shape) != 3 or shape[2] != 2:
-        raise ValueError(f"expected little-endian float32 or float64 (H, W, 2), received {dataset.dtype} {shape}")
+        raise ValueError(f"'flow' must be little-endian float32 or float64 (H, W, 2); got {dataset.dtype} {shape}")
     check_pixels("flow", shape[1], shape[0])
     limits = dataset.get_space().get_simple_extent_dims(True)
     if any(limit not in (side, h5py.h5s.UNLIMITED) for side, limit in zip(shape, limits, strict=True)):
@@ -121,25 +122,25 @@ def _locate(file: h5py.File) -> _Storage:
     if layout == h5py.h5d.CONTIGUOUS and properties.get_external_count() == 0:
         offset, size = dataset.get_offset(), math.prod(shape) * dtype.itemsize
         if offset is None or dataset.get_storage_size() != size:
-            raise ValueError(f"expected {size} bytes of data, received {dataset.get_storage_size()}")
+            raise ValueError(f"the data must have {size} bytes; got {dataset.get_storage_size()}")
         return _Storage(dtype, shape, shape, (), [_Part((0, 0, 0), offset, size)])
 
     if layout != h5py.h5d.CHUNKED:
-        raise ValueError("expected the data in the file itself, contiguous or in chunks")
+        raise ValueError("the data must be in the file itself, contiguous or in chunks")
     filters = [properties.get_filter(index) for index in range(properties.get_nfilters())]
     codes = tuple(code for code, *_ in filters)
     if codes != tuple(code for code in FILTERS if code in codes):
-        raise ValueError(f"expected no filters but shuffle, gzip, fletcher32, received {[f[3] for f in filters]}")
+        raise ValueError(f"filters must be of shuffle, gzip, fletcher32; got {[f[3] for f in filters]}")
     for code, _, options, _ in filters:
         if code == h5py.h5z.FILTER_SHUFFLE and options[:1] != (dtype.itemsize,):
-            raise ValueError(f"expected a shuffle of {dtype.itemsize} bytes, received {options}")
+            raise ValueError(f"the shuffle must be of {dtype.itemsize} bytes; got {options}")
     part_shape = properties.get_chunk()
     if len(part_shape) != 3 or 0 in part_shape or math.prod(part_shape) > 2 * MAX_PIXELS:
-        raise ValueError(f"expected chunks of at most {2 * MAX_PIXELS} values, received shape {part_shape}")
+        raise ValueError(f"chunks must have at most {2 * MAX_PIXELS} values; got shape {part_shape}")
     grid = [range(0, side, step) for side, step in zip(shape, part_shape, strict=True)]
     expected = math.prod(len(places) for places in grid)
     if dataset.get_num_chunks() != expected:
-        raise ValueError(f"truncated: expected {expected} chunks, received {dataset.get_num_chunks()}")
+        raise ValueError(f"truncated: there must be {expected} chunks; got {dataset.get_num_chunks()}")
     chunks: list[h5py.h5d.StoreInfo] = []
     dataset.chunk_iter(chunks.append)
     if any(chunk.filter_mask for chunk in chunks):  # parts for which a filter was skipped; these filters never are
@@ -161,7 +162,7 @@ def _unfilter(data: bytes, part: _Part, storage: _Storage, name: str) -> np.ndar
     if h5py.h5z.FILTER_DEFLATE in storage.filters:
         content = inflate(content, length, name)
     if len(content) != length:
-        raise ValueError(f"{name}: truncated: expected {length} bytes at {part.offset}, received {len(content)}")
+        raise ValueError(f"{name}: truncated: there must be {length} bytes at {part.offset}; got {len(content)}")
     if h5py.h5z.FILTER_SHUFFLE in storage.filters:
         content = np.frombuffer(content, np.uint8).reshape(storage.dtype.itemsize, -1).T.tobytes()
     return np.frombuffer(content, storage.dtype).reshape(storage.part_shape)
@@ -176,3 +177,13 @@ def _fletcher32(content: bytes) -> list[int]:
         sums[1] += len(part) * sums[0] + int(np.dot(part, np.arange(len(part), 0, -1, dtype=np.uint64)))
         sums[0] += int(part.sum())
     return [total % 65535 for total in sums]
+
+
+FORMAT = FlowFormat(
+    ".flo5",
+    b"\x89HDF",
+    lambda data, name: (decode_flo5(data, name), None),
+    lambda flow, valid: (encode_flo5(flow), valid),
+    np.nan,
+    floating_range(".flo5"),
+)

@@ -13,7 +13,8 @@ import zlib
 
 import numpy as np
 
-from flow_data.file_limits import DEFLATE_MAX_RATIO, MAX_FILE_BYTES, check_size
+from flow_data.formats.flow_format import FlowFormat, floating_range
+from flow_data.formats.limits import DEFLATE_MAX_RATIO, MAX_FILE_BYTES, check_size
 
 NPY_MAGIC = b"\x93NUMPY"
 NPY_HEADER = re.compile(
@@ -34,7 +35,7 @@ def decode_npy(data: bytes, name: str, kinds: str) -> np.ndarray:
 
     Args:
         data: the whole file.
-        name: errors are told with it.
+        name: begins the messages of errors.
         kinds: letters of NumPy's dtype kinds that are taken: f floating, b bool, i u integers.
 
     Returns:
@@ -44,17 +45,17 @@ def decode_npy(data: bytes, name: str, kinds: str) -> np.ndarray:
         ValueError: damaged, truncated, too long, or of another kind.
     """
     if data[:6] != NPY_MAGIC:
-        raise ValueError(f"{name}: not a .npy file: expected it to begin with {NPY_MAGIC!r}, received {data[:6]!r}")
+        raise ValueError(f"{name}: not a .npy file: it must begin with {NPY_MAGIC!r}; got {data[:6]!r}")
     start = {b"\1\0": 10, b"\2\0": 12}.get(data[6:8])
     if start is None or len(data) < start:
-        raise ValueError(f"{name}: damaged .npy header: expected version 1.0 or 2.0, received {data[6:12]!r}")
+        raise ValueError(f"{name}: damaged .npy header: the version must be 1.0 or 2.0; got {data[6:12]!r}")
     end = start + int.from_bytes(data[8:start], "little")
     header = NPY_HEADER.fullmatch(data[start:end].decode("latin-1")) if end <= len(data) else None
     if header is None:
-        raise ValueError(f"{name}: damaged or truncated .npy header: received {data[start : start + 80]!r}")
+        raise ValueError(f"{name}: damaged or truncated .npy header: got {data[start : start + 80]!r}")
     dtype, shape = header[1], tuple(int(side) for side in re.findall(r"\d+", header[3]))
     if not NPY_DTYPE.fullmatch(dtype) or np.dtype(dtype).kind not in kinds or len(shape) not in (2, 3):
-        raise ValueError(f"{name}: not a flow or mask: received an array of '{dtype}' {shape}")
+        raise ValueError(f"{name}: not a flow or mask: got an array of '{dtype}' {shape}")
     height, width = shape[:2]
     size = math.prod(shape[2:]) * np.dtype(dtype).itemsize
     check_size(name, width, height, end + size * width * height, len(data))
@@ -73,7 +74,7 @@ def decode_npz(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
 
     Args:
         data: the whole file, with an array "flow" and perhaps "valid". Other arrays are not looked at.
-        name: errors are told with it.
+        name: begins the messages of errors.
 
     Returns:
         "flow", `(H, W, 2)` floating, read-only, and "valid" as `(H, W)` bool, or None where there is none.
@@ -82,7 +83,7 @@ def decode_npz(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         ValueError: damaged, truncated, too long, encrypted, without "flow", or with arrays of other types or shapes.
     """
     if data[:4] != ZIP_MAGIC:
-        raise ValueError(f"{name}: not a .npz file: expected it to begin with {ZIP_MAGIC!r}, received {data[:4]!r}")
+        raise ValueError(f"{name}: not a .npz file: it must begin with {ZIP_MAGIC!r}; got {data[:4]!r}")
     end = len(data) - ZIP_END.size
     magic, *_, size, start, comment = ZIP_END.unpack(data[end:]) if end >= 0 else (b"", 0, 0, 0)
     # zipfile would look for an archive anywhere in the file: behind other data, or followed by it.
@@ -92,17 +93,17 @@ def decode_npz(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = archive.namelist()
             if len(set(names)) < len(names):
-                raise ValueError(f"expected arrays of different names, received {', '.join(names):.200}")
+                raise ValueError(f"arrays must have different names; got {', '.join(names):.200}")
             if "flow.npy" not in names:
-                raise ValueError(f"expected an array 'flow', received {', '.join(names) or 'nothing':.200}")
+                raise ValueError(f"there must be an array 'flow'; got {', '.join(names) or 'nothing':.200}")
             flow = decode_npy(_read_member(archive, "flow.npy"), "flow", kinds="f")
             valid = decode_npy(_read_member(archive, "valid.npy"), "valid", "biu") if "valid.npy" in names else None
     except ZIP_ERRORS as error:
         raise ValueError(f"{name}: no flow in this .npz: {error}") from error
     if flow.ndim != 3 or flow.shape[2] != 2:
-        raise ValueError(f"{name}: not a flow: expected floats of shape (H, W, 2), received shape {flow.shape}")
+        raise ValueError(f"{name}: not a flow: the shape must be (H, W, 2); got {flow.shape}")
     if valid is not None and valid.shape != flow.shape[:2]:
-        raise ValueError(f"{name}: expected 'valid' of the flow's shape {flow.shape[:2]}, received {valid.shape}")
+        raise ValueError(f"{name}: 'valid' must be of the flow's shape {flow.shape[:2]}; got {valid.shape}")
     return flow, None if valid is None else valid != 0
 
 
@@ -129,11 +130,29 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     member = archive.getinfo(name)
     ratio = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_MAX_RATIO}.get(member.compress_type)
     if ratio is None:
-        raise ValueError(f"expected {name} stored or deflated, received compression method {member.compress_type}")
+        raise ValueError(f"{name} must be stored or deflated; got compression method {member.compress_type}")
     if member.file_size > min(member.compress_size * ratio, MAX_FILE_BYTES):
         raise ValueError(f"{name} states {member.file_size} bytes, compressed to impossible {member.compress_size}")
     with archive.open(member) as file:
         data = file.read(member.file_size)  # without a size it would inflate whatever there is
     if len(data) != member.file_size:
-        raise ValueError(f"truncated: expected {member.file_size} bytes of {name}, received {len(data)}")
+        raise ValueError(f"truncated: {name} must have {member.file_size} bytes; got {len(data)}")
     return data
+
+
+NPY_FORMAT = FlowFormat(
+    ".npy",
+    NPY_MAGIC,
+    lambda data, name: (decode_npy(data, name, kinds="f"), None),
+    lambda flow, valid: (encode_npy(flow), valid),
+    np.nan,
+    floating_range(".npy"),
+)
+NPZ_FORMAT = FlowFormat(
+    ".npz",
+    b"PK",
+    decode_npz,
+    lambda flow, valid: (encode_npz(flow, valid), valid),
+    np.nan,
+    floating_range(".npz"),
+)

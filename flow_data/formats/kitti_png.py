@@ -7,7 +7,8 @@ Pillow cuts them to 8 bits.
 import cv2
 import numpy as np
 
-from flow_data.png_files import PNG_RGB, plain_png, read_png
+from flow_data.formats.flow_format import FlowFormat
+from flow_data.formats.png import PNG_RGB, plain_png, read_png
 
 OFFSET, SCALE = 2**15, 64
 KITTI_LIMITS = (-OFFSET / SCALE, (OFFSET - 1) / SCALE)  # pixels: -512 and 511.984375
@@ -18,7 +19,7 @@ def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         data: the whole file.
-        name: errors are told with it.
+        name: begins the messages of errors.
 
     Returns:
         `(H, W, 2)` float32 flow in pixels, and `(H, W)` bool, True where it is known.
@@ -29,13 +30,13 @@ def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     png = read_png(data, name)
     header = png.header
     if (header.depth, header.colour) != (16, PNG_RGB):
-        raise ValueError(f"{name}: not a flow: expected a 16-bit RGB PNG, received a {header}")
+        raise ValueError(f"{name}: not a flow: it must be a 16-bit RGB PNG; got a {header}")
     if header.interlace:
-        raise ValueError(f"{name}: not a flow: expected a PNG without interlacing, received an interlaced one")
+        raise ValueError(f"{name}: not a flow: a PNG must not be interlaced; got an interlaced one")
     codes = cv2.imdecode(np.frombuffer(plain_png(png, name), np.uint8), cv2.IMREAD_UNCHANGED)
     if codes is None or codes.dtype != np.uint16 or codes.shape != (header.height, header.width, 3):
         received = None if codes is None else f"{codes.dtype} {codes.shape}"
-        raise ValueError(f"{name}: damaged PNG: expected uint16 (H, W, 3), decoded {received}")
+        raise ValueError(f"{name}: damaged PNG: its pixels must be uint16 (H, W, 3); decoded {received}")
     blue, green, red = cv2.split(codes)  # planes are much faster than slices of interleaved channels
     flow = cv2.merge([red, green]).astype(np.float32)
     flow -= OFFSET
@@ -60,3 +61,13 @@ def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> tuple[bytes, np.nda
     if not encoded:
         raise ValueError(f"OpenCV cannot encode a PNG of {flow.shape[1]} x {flow.shape[0]}")
     return buffer.tobytes(), valid
+
+
+FORMAT = FlowFormat(
+    ".png",
+    b"\x89PNG",
+    decode_kitti_png,
+    encode_kitti_png,
+    None,
+    f"KITTI PNG (range {KITTI_LIMITS[0]:.0f} to {KITTI_LIMITS[1]:.0f} px)",
+)

@@ -8,8 +8,8 @@ from pathlib import PurePath
 import cv2
 import numpy as np
 
-from flow_data.numpy_files import decode_npy
-from flow_data.png_files import PNG_GREY, PNG_PALETTE, plain_png, read_png
+from flow_data.formats.numpy_files import decode_npy
+from flow_data.formats.png import PNG_GREY, PNG_PALETTE, plain_png, read_png
 
 
 def decode_mask(data: bytes, name: str) -> np.ndarray:
@@ -18,7 +18,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     Args:
         data: the whole file: `.npy` (bool or integers) or, whatever its suffix, a PNG, grey or of palette indices (the
             index counts, not its colour).
-        name: file name or path; errors are told with it.
+        name: file name or path; begins the messages of errors.
 
     Returns:
         `(H, W)` bool, True where the file is not 0.
@@ -29,18 +29,18 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     if PurePath(name).suffix.lower() == ".npy":
         values = decode_npy(data, name, kinds="biu")
         if values.ndim != 2:
-            raise ValueError(f"{name}: not a mask: expected shape (H, W), received {values.shape}")
+            raise ValueError(f"{name}: not a mask: the shape must be (H, W); got {values.shape}")
         return values != 0
     png = read_png(data, name)
     header = png.header
     if header.colour not in (PNG_GREY, PNG_PALETTE):
-        raise ValueError(f"{name}: not a mask: expected a grey PNG, received a {header}")
+        raise ValueError(f"{name}: not a mask: a PNG must be gray; got a {header}")
     if header.interlace:
-        raise ValueError(f"{name}: not a mask: expected a PNG without interlacing, received an interlaced one")
+        raise ValueError(f"{name}: not a mask: a PNG must not be interlaced; got an interlaced one")
     indices = png._replace(header=header._replace(colour=PNG_GREY), palette=b"")
     pixels = cv2.imdecode(np.frombuffer(plain_png(indices, name), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.shape != (header.height, header.width):
-        raise ValueError(f"{name}: damaged PNG: expected a {header} of {header.width} x {header.height}")
+        raise ValueError(f"{name}: damaged PNG: it must decode as a {header} of {header.width} x {header.height}")
     return pixels != 0
 
 
@@ -52,7 +52,7 @@ def encode_mask(mask: np.ndarray) -> bytes:
     """
     if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 2 or 0 in mask.shape:
         received = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
-        raise ValueError(f"expected a mask of type bool and shape (H, W), received {received}")
+        raise ValueError(f"a mask must be of type bool and shape (H, W); got {received}")
     encoded, buffer = cv2.imencode(".png", mask.astype(np.uint8) * 255)
     if not encoded:
         raise ValueError(f"OpenCV cannot encode a PNG of {mask.shape[1]} x {mask.shape[0]}")
