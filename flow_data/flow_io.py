@@ -14,9 +14,9 @@ each in a file of `flow_data.formats`:
 The floating formats keep every float32 of magnitude up to 1e9 bit by bit; NaN, infinities and larger values are
 unknown. Nothing is allocated by a header alone: its size is compared with the length of the file first. `.png`,
 `.flo5` and `.npz` have checksums, which are compared; in the others a changed value goes unnoticed. What other
-programs add, leave out or damage without touching the data is read: bytes after a PNG's end, no end, wrong checksums of its
-text (`flow_data.formats.png`), CRLF, blanks and comments in a PFM header. Flow that a format cannot hold is written as
-unknown, and its share is reported.
+programs add, leave out or damage without touching the data is read: bytes after a PNG's end, no end, wrong checksums
+of its text (`flow_data.formats.png`), CRLF, blanks and comments in a PFM header. Flow that a format cannot hold is
+written as unknown, and its share is reported.
 """
 
 import os

@@ -14,8 +14,8 @@ from PIL import Image
 
 from flow_data.features import to_occlusion, to_sample
 from flow_data.synthetic import SyntheticOptions, render_pair, synthetic
-from flow_data.synthetic_appearance import Appearance, apply_appearance, draw_appearances, draw_shutter
-from flow_data.synthetic_motion import (
+from flow_data.synthetic.appearance import Appearance, apply_appearance, draw_appearances, draw_shutter
+from flow_data.synthetic.motion import (
     MAX_WAVE_STRAIN,
     STILL,
     TOLERANCE,
@@ -25,11 +25,11 @@ from flow_data.synthetic_motion import (
     match_displacement,
     project,
 )
-from flow_data.synthetic_rendering import box_flow, coverage, fill, find_flow, find_masks, find_occlusion, paint
-from flow_data.synthetic_scenes import FASTEST, Layer, draw_ego_motion, draw_layered, flat_layer
-from flow_data.synthetic_shapes import KINDS as SHAPE_KINDS
-from flow_data.synthetic_shapes import draw_outline, subdivide
-from flow_data.synthetic_textures import (
+from flow_data.synthetic.rendering import box_flow, coverage, fill, find_flow, find_masks, find_occlusion, paint
+from flow_data.synthetic.scenes import FASTEST, Layer, draw_ego_motion, draw_layered, flat_layer
+from flow_data.synthetic.shapes import KINDS as SHAPE_KINDS
+from flow_data.synthetic.shapes import draw_outline, subdivide
+from flow_data.synthetic.textures import (
     KINDS,
     Pool,
     Texture,
@@ -342,7 +342,7 @@ def test_every_kind_of_shape_is_drawn(monkeypatch):
     drawn = []
     for kind in SHAPE_KINDS:
         record = lambda rng, radius, kind=kind: drawn.append(kind) or [np.eye(3)[:, :2]]  # noqa: E731
-        monkeypatch.setitem(sys.modules["flow_data.synthetic_shapes"].SHAPES, kind, record)
+        monkeypatch.setitem(sys.modules["flow_data.synthetic.shapes"].SHAPES, kind, record)
     rng = np.random.default_rng(0)
     for _ in range(400):
         draw_outline(rng, 20.0)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flow_data.synthetic_motion import (
+from flow_data.synthetic.motion import (
     MAX_PERSPECTIVE,
     MAX_STRAIN,
     MAX_WAVE_STRAIN,
@@ -23,8 +23,8 @@ from flow_data.synthetic_motion import (
     draw_waves,
     exponential,
 )
-from flow_data.synthetic_shapes import Rings, draw_outline, rotation, subdivide
-from flow_data.synthetic_textures import CARTOON_KINDS, Texture
+from flow_data.synthetic.shapes import Rings, draw_outline, rotation, subdivide
+from flow_data.synthetic.textures import CARTOON_KINDS, Texture
 
 Cut = Callable[[np.random.Generator, tuple[float, float], tuple[str, ...] | None], Texture]
 

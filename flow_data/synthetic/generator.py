@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from flow_data.features import FlowSample
-from flow_data.synthetic_appearance import apply_appearance, draw_appearances, draw_shutter
-from flow_data.synthetic_motion import match_displacement, project
-from flow_data.synthetic_rendering import find_flow, find_masks, find_occlusion, paint
-from flow_data.synthetic_scenes import Cut, Scene, draw_ego_motion, draw_layered
-from flow_data.synthetic_textures import Pool, cut_picture, cut_pool, list_pictures, read_picture
+from flow_data.synthetic.appearance import apply_appearance, draw_appearances, draw_shutter
+from flow_data.synthetic.motion import match_displacement, project
+from flow_data.synthetic.rendering import find_flow, find_masks, find_occlusion, paint
+from flow_data.synthetic.scenes import Cut, Scene, draw_ego_motion, draw_layered
+from flow_data.synthetic.textures import Pool, cut_picture, cut_pool, list_pictures, read_picture
 
 SPLITS = {"training": 0, "validation": 1, "all": 0}  # `all` leaves what is held out held out
 POOL_SIZES = {"training": 256, "validation": 64, "all": 256}  # textures; about 1 MB of memory and 40 ms of time each

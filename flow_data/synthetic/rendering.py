@@ -10,9 +10,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from flow_data.synthetic_motion import STILL, Motion, project
-from flow_data.synthetic_scenes import Layer
-from flow_data.synthetic_textures import SMALLEST_WINDOW
+from flow_data.synthetic.motion import STILL, Motion, project
+from flow_data.synthetic.scenes import Layer
+from flow_data.synthetic.textures import SMALLEST_WINDOW
 
 SUPERSAMPLING = 4  # per axis, for anti-aliased edges
 GRID_STEP = 4  # pixels between the points at which the inverse of a deformation is computed; cubic in between

@@ -1,0 +1,12 @@
+"""Image pairs with exactly known flow, drawn on the fly; `generator` is the place to begin reading."""
+
+from flow_data.synthetic.generator import (
+    SyntheticOptions,
+    SyntheticPair,
+    add_synthetic_flags,
+    given_flags,
+    render_pair,
+    synthetic,
+)
+
+__all__ = ["SyntheticOptions", "SyntheticPair", "add_synthetic_flags", "given_flags", "render_pair", "synthetic"]
