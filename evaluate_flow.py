@@ -22,14 +22,14 @@ from accelerate.utils import patch_environment
 from PIL import Image
 from tqdm.auto import tqdm
 
+from flow_data.atomic_write import atomic_write
 from flow_data.datasets import DATASETS, SUBMISSIONS, Protocol, check_split, load_source
 from flow_data.features import to_sample
 from flow_data.flow_io import describe_loss
-from flow_data.images import undecoded
+from flow_data.images import disable_image_decoding
 from flow_data.out_of_memory import explain_out_of_memory
-from flow_data.pictures import stack_rows
 from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
-from flow_data.whole_files import whole_file
+from flow_data.visualize import stack_rows
 from flow_inference.devices import choose_device
 from flow_inference.pictures import compare
 from flow_inference.prediction import chunk_rows, find_sequences, predict_rows, share_out
@@ -119,12 +119,12 @@ def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
         print(f"  {line}")
     if args.output is not None:
         contents = {"dataset": args.dataset, "split": split, **results}
-        with whole_file(args.output) as partial:
+        with atomic_write(args.output) as partial:
             partial.write_text(to_json(contents, indent=2) + "\n")
     if args.picture is not None:
         with accelerator.autocast():
             image = draw_pairs(model, dataset, protocol, used["num_flow_updates"], args.warm_start)
-        with whole_file(args.picture) as partial:
+        with atomic_write(args.picture) as partial:
             image.save(partial)
 
 
@@ -220,7 +220,7 @@ def open_dataset(args: argparse.Namespace, split: str):
         options = SyntheticOptions(textures=args.data_dir, **given_flags(args))
         dataset = synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
     else:
-        dataset = undecoded(load_source(args.dataset, args.data_dir, split))
+        dataset = disable_image_decoding(load_source(args.dataset, args.data_dir, split))
     if args.warm_start and len(find_sequences(dataset)) == len(dataset):
         raise ValueError(f"--warm_start: no pair of {args.dataset} {split} begins with the frame with which another "
                          "ends, so there is no flow to start from; leave it out")  # fmt: skip

@@ -5,7 +5,7 @@
 Each stage is measured in pairs: ours, the baseline, and again, in one process with one thread, so that whatever else
 the machine does touches both. The ratio is the median of the ratios within the pairs. Data sets that are not below
 `--data_root` are made up (`made_up_data.py`); the table says which. The baseline is `plain_loading.py` and
-`plain_augmentation.py`.
+`tests/plain_augmentation.py`.
 """
 
 import argparse
@@ -30,14 +30,13 @@ from benchmarks.machine import describe_machine
 from benchmarks.made_up_data import write_pairs
 from benchmarks.options import positive, write_json
 from benchmarks.own_process import in_new_process, peak_bytes
-from benchmarks.plain_augmentation import apply_plainly
 from benchmarks.plain_loading import PlainPairs, read_plainly
-from flow_data.augmentation import augment_dense, augment_sparse
-from flow_data.augmentation_recipe import draw_dense, draw_sparse
+from flow_data.augmentation import augment_dense, augment_sparse, draw_dense, draw_sparse
 from flow_data.datasets import DATASETS, load_source
 from flow_data.features import FlowSample, OpticalFlow, to_sample
-from flow_data.images import undecoded
+from flow_data.images import disable_image_decoding
 from flow_data.sampling import MixSource, TrainingPairs, use_one_thread
+from tests.plain_augmentation import apply_plainly
 
 SEED = 1234
 BATCH_SIZE = 4
@@ -119,7 +118,7 @@ def find_data(recipe: Recipe, data_root: Path | None, made_up_root: Path) -> tup
 
 def open_rows(recipe: Recipe, root: Path) -> Any:
     dataset = load_source(recipe.source, root, "all")
-    return undecoded(dataset.select(range(min(MAX_PAIRS, len(dataset)))))
+    return disable_image_decoding(dataset.select(range(min(MAX_PAIRS, len(dataset)))))
 
 
 def augmentations(recipe: Recipe) -> tuple[Callable[..., FlowSample], Callable[..., FlowSample]]:

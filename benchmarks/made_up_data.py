@@ -59,7 +59,7 @@ def write_pairs(source: str, root: Path, size: tuple[int, int], count: int) -> N
     """Write `count` pairs of (height, width) below `root`."""
     layout = LAYOUTS[source]
     for n in range(count):
-        image1, image2, flow, _ = render_pair(SyntheticOptions(image_size=size), seed=0, index=n).sample
+        image1, image2, flow = render_pair(SyntheticOptions(image_size=size), seed=0, index=n).sample[:3]
         valid = np.ones(size, bool)
         if layout.flow.endswith(".png"):
             valid = np.random.default_rng(n).random(size) < VALID_SHARE

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.datasets import DATASETS, check_source, is_sparse, load_source
-from flow_data.images import undecoded
+from flow_data.images import disable_image_decoding
 from flow_data.sampling import MixSource, RunSampler, TrainingPairs
 from flow_inference.devices import choose_device
 from flow_training.optimization import make_optimizer, make_schedule
@@ -36,7 +36,7 @@ def load_mix(args: argparse.Namespace) -> TrainingPairs:
     for name, repeats in args.train_mix.items():
         check_source(name)
         folder = DATASETS[name].folder
-        rows = undecoded(load_source(name, None if folder is None else Path(args.data_root) / folder))
+        rows = disable_image_decoding(load_source(name, None if folder is None else Path(args.data_root) / folder))
         augment = augment_sparse if is_sparse(name, rows) else augment_dense
         augment = partial(augment, crop_size=args.crop_size, zoom_range=args.zoom_range)
         mix.append(MixSource(name, rows, repeats, augment))

@@ -254,48 +254,62 @@ FLOW_FEATURES = Features(
 
 
 class FlowSample(NamedTuple):
-    """One image pair with its flow, as numpy arrays.
+    """One image pair, with its flow where there is ground truth, as numpy arrays.
 
     Args:
         image1: `(H, W, 3)` uint8, RGB.
         image2: `(H, W, 3)` uint8, RGB.
-        flow: `(H, W, 2)` float32, (x right, y down) in pixels, from image1 to image2; 0 where `valid` is False.
-        valid: `(H, W)` bool.
+        flow: `(H, W, 2)` float32, (x right, y down) in pixels, from image1 to image2; 0 where `valid` is False. None
+            without ground truth.
+        valid: `(H, W)` bool; None without ground truth, or where all of the flow is known.
+        images_without_photo_aug: both frames, `(H, W, 3)` uint8 each, without photometric augmentation, where the
+            augmentation was asked to keep them (`flow_data.augmentation.augment_dense`).
     """
 
     image1: np.ndarray
     image2: np.ndarray
-    flow: np.ndarray
-    valid: np.ndarray
+    # Any, as nearly every caller has asked for ground truth, which `to_sample` guarantees then.
+    flow: Any = None
+    valid: Any = None
+    images_without_photo_aug: tuple[np.ndarray, ...] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the frames."""
+        return self.image1.shape[0], self.image1.shape[1]
 
 
-def to_sample(row: Mapping[str, Any]) -> FlowSample:
-    """Turn a decoded row of a source into arrays.
+def to_sample(row: Mapping[str, Any], needs_flow: bool = True) -> FlowSample:
+    """Turn a decoded row of a data set into arrays.
 
     Args:
         row: `id`; `image1` and `image2`, as PIL images or as stored (`{"bytes", "path"}`); `flow` as `OpticalFlow`
             decodes it; `valid`, which may be None or absent, as `ValidMask` does.
+        needs_flow: False allows a row without ground truth, whose `flow` is None or absent.
 
     Returns:
-        The sample; its images are as `flow_data.images.read_pair` gives them.
+        The sample; its `flow` and `valid` are None where the row has no ground truth. Its images are as
+        `flow_data.images.read_pair` gives them.
 
     Raises:
-        ValueError: without ground truth (a test split), with images that cannot be decoded, or with sizes that differ.
-            It names the row's id.
+        ValueError: no ground truth (a test split) although it is required, images that cannot be decoded, or sizes
+            that differ. The message names the row's id.
     """
     name = row["id"]
-    if row["flow"] is None:
+    truth = row.get("flow")
+    if truth is None and needs_flow:
         raise ValueError(f"{name}: there must be ground-truth flow; got none (is this a test split?)")
     image1, image2 = read_pair(row)
-    flow, valid = row["flow"]["flow"], row["flow"]["valid"]
-    mask = row.get("valid")
+    flow: Any = None if truth is None else truth["flow"]
+    valid: Any = None if truth is None else truth["valid"]
+    mask = None if truth is None else row.get("valid")
     height, width = image1.shape[:2]
     for key, array in (("image2", image2), ("flow", flow), ("valid", mask)):
         if array is not None and array.shape[:2] != (height, width):
             size = f"{array.shape[0]} x {array.shape[1]}"
             raise ValueError(f"{name}: {key} must be of image1's size {height} x {width} (h x w); got {size}")
     if mask is not None:
-        valid = valid & mask
+        valid = mask if valid is None else valid & mask
         flow = np.where(valid[..., None], flow, np.float32(0))
     return FlowSample(image1, image2, flow, valid)
 

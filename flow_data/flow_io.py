@@ -24,11 +24,11 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+from flow_data.atomic_write import atomic_write
 from flow_data.file_names import find_path
 from flow_data.formats import flo, flo5, kitti_png, numpy_files, pfm
 from flow_data.formats.flow_format import MAX_KNOWN, FlowFormat
 from flow_data.formats.limits import MAX_FILE_BYTES, MAX_PIXELS, check_pixels
-from flow_data.whole_files import whole_file
 
 FORMATS: dict[str, FlowFormat] = {
     flow_format.suffix: flow_format
@@ -87,7 +87,7 @@ def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray
     """
     path = Path(path)
     data, lost = encode_with_loss(flow, valid, path.suffix, str(path))
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(data)
     return lost
 

@@ -218,7 +218,7 @@ def _as_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
 
 
-def undecoded(dataset: Any) -> Any:
+def disable_image_decoding(dataset: Any) -> Any:
     """The rows of a source with only what a sample and its evaluation need, and images left as stored.
 
     `read_rgb` decodes them, `flow_data.features.to_occlusion` the masks of occluded pixels.

@@ -151,7 +151,7 @@ def to_dataset(
     """
     pairs = sorted(pairs, key=lambda pair: natural_order(pair.id))
     complete = []
-    spoilt: dict[str, list[str]] = {
+    incomplete: dict[str, list[str]] = {
         "pairs for a missing frame": [],
         "flows without images": [],
         "image pairs without flow": [],
@@ -160,13 +160,13 @@ def to_dataset(
         frames = (pair.image1 is not None) + (pair.image2 is not None)
         if truth and pair.flow is None:
             if frames == 2:  # a single frame may be a sequence's end
-                spoilt["image pairs without flow"].append(pair.id)
+                incomplete["image pairs without flow"].append(pair.id)
         elif frames == 2:
             complete.append(pair)
         else:
-            spoilt["pairs for a missing frame" if frames else "flows without images"].append(pair.id)
+            incomplete["pairs for a missing frame" if frames else "flows without images"].append(pair.id)
 
-    left_out = [f"left out {len(ids)} {what}: {first_few(ids)}" for what, ids in spoilt.items() if ids]
+    left_out = [f"left out {len(ids)} {what}: {first_few(ids)}" for what, ids in incomplete.items() if ids]
     if not complete:
         fault = "holds no such file" if os.path.isdir(folder) else "does not exist"
         if left_out:

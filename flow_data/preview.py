@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.datasets import DATASETS, check_source, check_split, is_sparse, load_source
 from flow_data.features import FlowSample, to_sample
-from flow_data.images import undecoded
-from flow_data.pictures import draw_flow, hide_unknown, join_row, stack_rows
+from flow_data.images import disable_image_decoding
 from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
+from flow_data.visualize import draw_flow, join_row, mask_invalid, stack_rows
 
 CELL_HEIGHT = 128  # pixels of the contact sheet
 MAX_SHEET_WIDTH = 2000
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             dataset = synthetic(SyntheticOptions(textures=args.data_dir, **given_flags(args)), split)
         else:
             dataset = load_source(args.source, args.data_dir, split)
-        rows = undecoded(dataset)
+        rows = disable_image_decoding(dataset)
         statistics = measure(rows, spread(len(dataset), args.max_pairs))
         print(describe(args.source, split, len(dataset), statistics))
         augment = augment_sparse if is_sparse(args.source, dataset) else augment_dense
@@ -200,7 +200,7 @@ def draw_row(name: str, samples: list[FlowSample]) -> np.ndarray:
     rows = []
     for sample in samples:
         longest = f"up to {np.linalg.norm(sample.flow, axis=-1).max():.0f} px" if sample.valid.any() else "not valid"
-        colors = hide_unknown(draw_flow(torch.from_numpy(sample.flow).permute(2, 0, 1)), sample.valid)
+        colors = mask_invalid(draw_flow(torch.from_numpy(sample.flow).permute(2, 0, 1)), sample.valid)
         height, width = sample.valid.shape
         captions = (name if sample is samples[0] else "augmented", f"{height} x {width}", longest)
         pictures = (sample.image1, sample.image2, colors)

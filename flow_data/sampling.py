@@ -77,6 +77,7 @@ class TrainingPairs(Dataset):
         noise_batch_size: Add noise whose sigma is one for each so many consecutive samples (an optimizer step's);
             None: no noise.
         skip_bad: Take another pair, drawn from the seed and the sample's number, where one cannot be read.
+        needs_flow: A pair without ground truth is one that cannot be read; False takes it without `labels`.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class TrainingPairs(Dataset):
         seed: int,
         noise_batch_size: int | None = None,
         skip_bad: bool = False,
+        needs_flow: bool = True,
     ):
         self.sources, self.seed = sources, seed
-        self.noise_batch_size, self.skip_bad = noise_batch_size, skip_bad
+        self.noise_batch_size, self.skip_bad, self.needs_flow = noise_batch_size, skip_bad, needs_flow
         self.ends = np.cumsum([len(source.dataset) * source.repeats for source in sources])
 
     def __len__(self) -> int:
@@ -101,7 +103,9 @@ class TrainingPairs(Dataset):
 
         Returns:
             `number`; `id`; `pixel_values` `(2, 3, H, W)` float32 in [-1, 1]; `labels` `(2, H, W)` float32, pixels;
-            `valid` `(H, W)` bool; `replaced`, what was wrong with the pair in whose place this one is, or "".
+            `valid` `(H, W)` bool, both absent without ground truth; `pixel_values_without_photo_aug`, like
+            `pixel_values`, where the augmentation keeps these frames; `replaced`, what was wrong with the pair in
+            whose place this one is, or "".
 
         Raises:
             SampleError: The pair cannot be read, and `skip_bad` is off or too many others cannot be read either.
@@ -124,21 +128,24 @@ class TrainingPairs(Dataset):
     def _load(self, number: int, position: int) -> dict[str, Any]:
         source, row_number = self._source_of(position)
         row = source.dataset[row_number]
-        sample = source.augment(to_sample(row), np.random.default_rng([self.seed, AUGMENTATION, number]))
+        sample = source.augment(
+            to_sample(row, self.needs_flow), np.random.default_rng([self.seed, AUGMENTATION, number])
+        )
 
         if self.noise_batch_size is None:
-            pixel_values = _to_pixel_values(sample)
+            pixel_values = _to_pixel_values(sample.image1, sample.image2)
         else:
             frames = np.stack([sample.image1, sample.image2]).astype(np.float32)
             frames = self._add_noise(frames, number, step=number // self.noise_batch_size)
             pixel_values = torch.from_numpy(2 * (frames / 255) - 1).permute(0, 3, 1, 2).contiguous()
-        return {
-            "number": number,
-            "id": f"{source.name}/{row['id']}",
-            "pixel_values": pixel_values,
-            "labels": torch.from_numpy(sample.flow).permute(2, 0, 1).contiguous(),
-            "valid": torch.from_numpy(np.ascontiguousarray(sample.valid)),
-        }
+        item = {"number": number, "id": f"{source.name}/{row['id']}", "pixel_values": pixel_values}
+        if sample.flow is not None:
+            item["labels"] = torch.from_numpy(sample.flow).permute(2, 0, 1).contiguous()
+            valid = np.ones(sample.size, bool) if sample.valid is None else sample.valid
+            item["valid"] = torch.from_numpy(np.ascontiguousarray(valid))
+        if sample.images_without_photo_aug is not None:
+            item["pixel_values_without_photo_aug"] = _to_pixel_values(*sample.images_without_photo_aug)
+        return item
 
     def _source_of(self, position: int) -> tuple[MixSource, int]:
         """The source of a position, and the number of its row."""
@@ -153,10 +160,10 @@ class TrainingPairs(Dataset):
         return np.clip(frames + np.float32(sigma) * draws, 0, 255)
 
 
-def _to_pixel_values(sample: FlowSample) -> torch.Tensor:
-    """Both frames as `(2, 3, H, W)` float32 in [-1, 1]: looked up plane by plane, in a third of the time."""
-    pixel_values = np.empty((2, 3, *sample.valid.shape), np.float32)
-    for image, planes in zip((sample.image1, sample.image2), pixel_values, strict=True):
+def _to_pixel_values(image1: np.ndarray, image2: np.ndarray) -> torch.Tensor:
+    """Both frames as `(2, 3, H, W)` float32 in [-1, 1], by a table for each plane, which takes a third of the time."""
+    pixel_values = np.empty((2, 3, *image1.shape[:2]), np.float32)
+    for image, planes in zip((image1, image2), pixel_values, strict=True):
         for plane, scaled in zip(cv2.split(image), planes, strict=True):
             cv2.LUT(plane, PIXEL_VALUES, dst=scaled)
     return torch.from_numpy(pixel_values)

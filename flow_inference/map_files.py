@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from flow_data.atomic_write import atomic_write
 from flow_data.pairing import natural_order
-from flow_data.whole_files import whole_file
 from flow_inference.frame_sources import list_frames
 from modeling_raft.frames_raft import describe, read_frame
 
@@ -81,7 +81,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 def write_map(path: Path, values: np.ndarray) -> None:
     """Write one map, float32 in `.npy` and rounded to uint8 in pictures; the file is either complete or not there."""
-    with whole_file(path) as unfinished:
+    with atomic_write(path) as unfinished:
         if path.suffix.lower() == ".npy":
             with unfinished.open("wb") as file:
                 np.save(file, values)

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flow_data.atomic_write import atomic_write
 from flow_data.flow_io import describe_loss, write_flow
 from flow_data.formats.masks import encode_mask
-from flow_data.pictures import draw_flow
-from flow_data.whole_files import whole_file
+from flow_data.visualize import draw_flow
 from flow_inference.video import VideoFlow
 from flow_inference.video_files import VideoWriter
 
@@ -70,7 +70,7 @@ class FlowFiles:
         if self.backward and pair.backward_flow is not None:
             self._write_flow(beside.pop(0), pair.backward_flow)
         if self.occlusion and pair.occluded is not None:
-            with whole_file(beside.pop(0)) as partial:
+            with atomic_write(beside.pop(0)) as partial:
                 partial.write_bytes(encode_mask(pair.occluded.cpu().numpy()))
 
     def paths(self, index: int) -> list[Path]:
@@ -79,7 +79,7 @@ class FlowFiles:
 
     def _write_flow(self, path: Path, flow: Tensor) -> None:
         if self.format == "colour":
-            with whole_file(path) as partial:
+            with atomic_write(path) as partial:
                 Image.fromarray(draw_flow(flow.cpu(), self.colour_scale)).save(partial)
         else:
             self.lost.append(write_flow(path, flow.permute(1, 2, 0).cpu().contiguous().numpy()))

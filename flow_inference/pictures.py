@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flow_data.pictures import (
+from flow_data.visualize import (
     GAP,
     draw_flow,
     draw_legend,
     draw_text,
-    hide_unknown,
     join_row,
     longest_vector,
+    mask_invalid,
     pad_picture,
     pixel_text,
     stack_rows,
@@ -158,7 +158,7 @@ def _draw_parts(
     error = torch.linalg.vector_norm(flow_pred - truth, dim=0).nan_to_num(nan=torch.inf, posinf=torch.inf).numpy()
     grey = (np.clip(error / white_error, 0, 1) * 255).astype(np.uint8)[..., None]
     error_picture = np.where(valid[..., None], grey, np.array(UNKNOWN_ERROR, np.uint8))
-    return [image1, hide_unknown(truth_picture, valid), pred_picture, error_picture]
+    return [image1, mask_invalid(truth_picture, valid), pred_picture, error_picture]
 
 
 def _check_sizes(size: tuple[int, ...], **others: tuple[int, ...]) -> None:

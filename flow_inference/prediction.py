@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flow_data.images import undecoded
+from flow_data.images import disable_image_decoding
 from flow_data.out_of_memory import attempt
 from flow_inference.warm_start import project_forward
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
@@ -204,5 +204,5 @@ def _frame_files(dataset: Any) -> list[tuple[str | None, str | None]]:
     """Paths of both frames of every row; None where there is no file."""
     if not {"image1", "image2"} <= set(dataset.column_names):  # drawn when looked at
         return [(None, None)] * len(dataset)
-    stored = undecoded(dataset).select_columns(["image1", "image2"])
+    stored = disable_image_decoding(dataset).select_columns(["image1", "image2"])
     return [(row["image1"]["path"], row["image2"]["path"]) for row in stored]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flow_data.augmentation_recipe import MAX_ZOOM
+from flow_data.augmentation import MAX_ZOOM
 from flow_data.datasets import check_source, check_split
 from flow_data.synthetic import SyntheticOptions
 from flow_training.flags import FlagParser, YamlMapping, YamlValue

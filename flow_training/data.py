@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.datasets import DATASETS, Protocol, has_ground_truth, is_sparse, load_source
 from flow_data.features import to_sample
-from flow_data.hub_dataset import flow_is_sparse, load_hub_dataset
-from flow_data.images import undecoded
+from flow_data.hub import flow_is_sparse, load_hub_dataset
+from flow_data.images import disable_image_decoding
 from flow_data.out_of_memory import is_out_of_memory
 from flow_data.sampling import MixSource, RunSampler, SampleError, TrainingPairs, prepare_worker
 from flow_data.synthetic import synthetic
@@ -56,7 +56,7 @@ def open_dataset(config: TrainingConfig, source: str, split: str, needs_flow: bo
     if needs_flow and not has_ground_truth(dataset):
         wanted = "a column or files of flow" if source == "pairs" else "a split that is not for submissions"
         raise ValueError(f"{source}: the split {split} has no ground truth in {root}; give {wanted}")
-    return undecoded(dataset)
+    return disable_image_decoding(dataset)
 
 
 def training_pairs(config: TrainingConfig) -> TrainingPairs:
@@ -87,7 +87,7 @@ def training_pairs(config: TrainingConfig) -> TrainingPairs:
         for name, rows, sparse, repeats in mix
     ]
     noise_batch_size = config.total_batch_size if config.add_noise else None
-    return TrainingPairs(sources, config.seed, noise_batch_size, config.skip_bad_samples)
+    return TrainingPairs(sources, config.seed, noise_batch_size, config.skip_bad_samples, needs_flow)
 
 
 def validation_sets(config: TrainingConfig) -> list[tuple[str, Any, Protocol]]:

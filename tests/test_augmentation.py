@@ -9,14 +9,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from plain_augmentation import adjust, apply_plainly
 from torchvision.transforms import functional as F
 
-from benchmarks.plain_augmentation import adjust, apply_plainly
-from flow_data.augmentation import apply_dense, apply_sparse, augment_dense, augment_sparse, limit_flow
-from flow_data.augmentation_recipe import (
+from flow_data.augmentation import (
     DENSE_JITTER,
     SPARSE_JITTER,
     Augmentation,
+    apply_dense,
+    apply_sparse,
+    augment_dense,
+    augment_sparse,
     draw_dense,
     draw_offset_dense,
     draw_offset_sparse,
@@ -24,8 +27,9 @@ from flow_data.augmentation_recipe import (
     draw_size_dense,
     draw_size_sparse,
     draw_sparse,
+    limit_flow,
 )
-from flow_data.colors import PROBE_PIXELS, adjust_colors, draw_adjustments, mean_color, take_probe
+from flow_data.color_jitter import PROBE_PIXELS, adjust_colors, draw_adjustments, mean_color, take_probe
 from flow_data.features import FlowSample
 from flow_data.flow_io import read_flow
 from flow_data.synthetic import SyntheticOptions, render_pair
@@ -54,7 +58,7 @@ def nothing_but(sample: FlowSample, **changes) -> Augmentation:
 
 
 def assert_same(sample: FlowSample, other: FlowSample) -> None:
-    for name, array, expected in zip(sample._fields, sample, other, strict=True):
+    for name, array, expected in zip(sample._fields[:4], sample[:4], other[:4], strict=True):
         assert array.dtype == expected.dtype
         np.testing.assert_array_equal(array, expected, err_msg=name)
 
@@ -534,7 +538,7 @@ def test_augmented_samples_are_those_of_the_plain_way(apply, seed):
 @pytest.mark.parametrize("colors", [([],), ([], []), (NO_COLORS, [("hue", 0.0)])])
 def test_samples_are_never_changed_in_place(apply, colors):
     sample = random_sample((20, 30), density=0.5)
-    before = FlowSample(*(array.copy() for array in sample))
+    before = FlowSample(*(array.copy() for array in sample[:4]))
     for flip_x in (False, True):
         apply(sample, nothing_but(sample, colors=colors, patches=[np.s_[2:9, 2:9]], flip_x=flip_x))
         assert_same(sample, before)
@@ -543,7 +547,7 @@ def test_samples_are_never_changed_in_place(apply, colors):
 @pytest.mark.parametrize("augment", [augment_dense, augment_sparse])
 def test_the_generator_alone_decides(augment):
     sample = random_sample((60, 80), density=0.5)
-    before = FlowSample(*(array.copy() for array in sample))
+    before = FlowSample(*(array.copy() for array in sample[:4]))
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     first, again, other = (augment(sample, np.random.default_rng(seed), (24, 32), (-0.5, 0.5)) for seed in (1, 1, 2))
     assert_same(first, again)
@@ -568,3 +572,50 @@ def test_kitti_ground_truth_is_only_moved_and_scaled():
         allowed = {tuple(vector) for vector in flow[valid] * scale}
         assert augmented.valid.sum() > 1000
         assert {tuple(vector) for vector in augmented.flow[augmented.valid]} <= allowed
+
+
+def make_pair(size, seed, density=1.0) -> FlowSample:
+    rng = np.random.default_rng(seed)
+    image1, image2 = rng.integers(0, 256, (2, *size, 3), np.uint8)
+    valid = rng.random(size) < density
+    flow = rng.normal(0, 20, (*size, 2)).astype(np.float32)
+    return FlowSample(image1, image2, np.where(valid[..., None], flow, np.float32(0)), valid)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("augment", [augment_dense, augment_sparse])
+def test_frames_without_photometric_augmentation_are_those_of_augmenting_with_none(augment, seed):
+    """The plain form with the same zoom, flips and crop, and neither color jitter nor erased patches."""
+    sample, sparse = make_pair((150, 200), seed, density=0.3), augment is augment_sparse
+    draw, apply = (draw_sparse, apply_sparse) if sparse else (draw_dense, apply_dense)
+    augmentation = draw(np.random.default_rng(seed), (150, 200), (96, 128), (-0.2, 0.5))
+    augmentation = augmentation._replace(patches=[(slice(0, 150), slice(0, 200))])
+    kept = apply(sample, augmentation, keep_without_photo_aug=True)
+    geometric = augmentation._replace(colors=([],), patches=[])
+    plain = apply_plainly(sample, geometric, sparse)
+    for image, expected in zip(kept.images_without_photo_aug, plain[:2], strict=True):
+        np.testing.assert_allclose(image.astype(int), expected, atol=1)
+    alone = apply(sample, augmentation)
+    assert alone.images_without_photo_aug is None  # off unless asked for
+    for name in ("image1", "image2", "flow", "valid"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(alone, name), err_msg=name)
+    assert not np.array_equal(kept.image2, kept.images_without_photo_aug[1])
+    drawn = augment(sample, np.random.default_rng(seed), (96, 128), (-0.2, 0.5), keep_without_photo_aug=True)
+    without = augment(sample, np.random.default_rng(seed), (96, 128), (-0.2, 0.5))
+    assert drawn.images_without_photo_aug is not None and without.images_without_photo_aug is None
+    np.testing.assert_array_equal(drawn.image1, without.image1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("augment", [augment_dense, augment_sparse])
+def test_flow_and_valid_are_optional(augment, seed):
+    sample = make_pair((150, 200), seed)
+    arguments = ((96, 128), (-0.2, 0.5))
+    whole = augment(sample, np.random.default_rng(seed), *arguments)
+    all_known = augment(sample._replace(valid=None), np.random.default_rng(seed), *arguments)
+    frames = augment(sample._replace(flow=None, valid=None), np.random.default_rng(seed), *arguments)
+    for name in ("image1", "image2"):
+        np.testing.assert_array_equal(getattr(frames, name), getattr(whole, name))
+    assert frames.flow is None and frames.valid is None
+    np.testing.assert_array_equal(all_known.flow, whole.flow)
+    np.testing.assert_array_equal(all_known.valid, whole.valid)

@@ -292,7 +292,7 @@ def test_sample(tmp_path):
     np.testing.assert_array_equal(sample.image2, np.full((3, 4, 3), [0, 0, 255]))
     assert_is_the_flow({"flow": sample.flow, "valid": sample.valid})
     assert sample.image1.dtype == np.uint8
-    assert all(array.flags.writeable for array in sample)  # torch.from_numpy warns of read-only memory
+    assert all(array.flags.writeable for array in sample[:4])  # torch.from_numpy warns of read-only memory
 
 
 def row_of(image1, image2=None, flow=FLOW):
@@ -340,3 +340,11 @@ def test_sample_is_valid_where_flow_and_mask_are():
 def test_a_sample_needs_ground_truth():
     with pytest.raises(ValueError, match="alley_1/frame_0001: .*test split"):
         to_sample(row_of(PIL.Image.new("RGB", (4, 3))) | {"flow": None})
+
+
+def test_ground_truth_is_optional_where_it_is_not_required():
+    row = row_of(PIL.Image.new("RGB", (4, 3)))
+    for without in (row | {"flow": None}, {key: row[key] for key in ("id", "image1", "image2")}):
+        sample = to_sample(without, needs_flow=False)
+        assert sample.flow is None and sample.valid is None and sample.size == (3, 4)
+    np.testing.assert_array_equal(to_sample(row, needs_flow=False).flow, to_sample(row).flow)

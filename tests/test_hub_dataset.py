@@ -16,11 +16,11 @@ import pytest
 from hub_server import Hub
 from tiny_run import CPU, PROJECT, TINY_MODEL, free_port
 
-from flow_data import hub_dataset as module
+from flow_data import hub as module
 from flow_data.datasets import is_sparse, load_source
 from flow_data.features import to_sample
 from flow_data.flow_io import write_flow
-from flow_data.hub_dataset import ParquetRows, flow_is_sparse, load_hub_dataset
+from flow_data.hub import ParquetRows, flow_is_sparse, load_hub_dataset
 from flow_data.publish import plan_shards, publish_to_folder
 from flow_training.run_log import read_log
 
@@ -292,8 +292,8 @@ def test_damage_is_told_with_the_row(folder, tmp_path):
     table = pq.read_table(folder / "data")
     flows = table["flow"].to_pylist()
     flows[2]["bytes"] = flows[2]["bytes"][:-1]
-    spoilt = table.set_column(table.column_names.index("flow"), "flow", pa.array(flows))
-    pq.write_table(spoilt, tmp_path / "train.parquet", row_group_size=1)
+    incomplete = table.set_column(table.column_names.index("flow"), "flow", pa.array(flows))
+    pq.write_table(incomplete, tmp_path / "train.parquet", row_group_size=1)
     rows = load_hub_dataset(str(tmp_path), streaming=True)
     assert to_sample(rows[1]).valid.all()
     with pytest.raises(OSError, match="cannot read row 2 of .*02_flow.flo: truncated"):
@@ -355,7 +355,7 @@ def test_a_file_cut_short_meanwhile_is_told(folder, tmp_path):
 
 def test_large_row_groups_are_not_streamed(folder, tmp_path, monkeypatch):
     pq.write_table(pq.read_table(folder / "data"), tmp_path / "train.parquet")
-    monkeypatch.setattr("flow_data.hub_dataset.MAX_ROW_GROUP_BYTES", 100_000)
+    monkeypatch.setattr("flow_data.hub.MAX_ROW_GROUP_BYTES", 100_000)
     with pytest.raises(ValueError, match="each pair would cost a row group"):
         load_hub_dataset(str(tmp_path), streaming=True)
     assert len(load_hub_dataset(str(tmp_path))) == NUM_PAIRS
@@ -369,7 +369,7 @@ def test_only_parquet_is_streamed(tmp_path):
 
 READ_ALL = """
 import json, sys
-from flow_data.hub_dataset import load_hub_dataset
+from flow_data.hub import load_hub_dataset
 dataset = load_hub_dataset("user/pairs", streaming=sys.argv[1] == "streaming")
 rows = [dataset[i] for i in range(len(dataset))]
 print(json.dumps([[row["id"], float(row["flow"]["flow"].sum())] for row in rows]))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from flow_data import images
 from flow_data.features import FLOW_FEATURES, to_sample
 from flow_data.formats import limits
-from flow_data.images import read_rgb, undecoded
+from flow_data.images import disable_image_decoding, read_rgb
 from flow_data.synthetic import SyntheticOptions, synthetic
 
 HEIGHT, WIDTH = 37, 53
@@ -384,7 +384,7 @@ def test_undecoded_rows_make_the_same_samples(tmp_path):
     features = datasets.Features({**FLOW_FEATURES, "note": datasets.Value("string")})
     dataset = datasets.Dataset.from_list([columns], features=features)
     for rows in (dataset, dataset.to_iterable_dataset()):
-        quick = undecoded(rows)
+        quick = disable_image_decoding(rows)
         assert set(quick.features) == set(FLOW_FEATURES)
         stored_row, decoded_row = next(iter(quick)), next(iter(rows))
         assert stored_row["image1"]["bytes"] == LOSSLESS["RGB"]
@@ -394,5 +394,5 @@ def test_undecoded_rows_make_the_same_samples(tmp_path):
 
 def test_undecoded_leaves_drawn_rows_alone():
     rows = synthetic(SyntheticOptions(image_size=(32, 48)), num_pairs=2)
-    assert undecoded(rows) is rows
+    assert disable_image_decoding(rows) is rows
     assert to_sample(rows[1]).image1.shape == (32, 48, 3)

@@ -7,7 +7,7 @@ from torchvision.utils import flow_to_image
 
 from flow_data.flow_io import read_flow
 from flow_data.images import read_rgb
-from flow_data.pictures import (
+from flow_data.visualize import (
     GAP,
     draw_flow,
     draw_legend,

@@ -11,7 +11,7 @@ from test_modeling_raft import tiny_config
 from torch.utils.data import Dataset
 from transformers import AutoModel, pipeline
 
-from flow_data import pictures
+from flow_data import visualize
 from modeling_raft import OpticalFlowPipeline, RaftForOpticalFlow, RaftImageProcessor
 from modeling_raft.pipeline_raft import draw_flow, save_pretrained_with_pipeline
 
@@ -132,12 +132,12 @@ def test_pairs_of_one_size_are_computed_together(pipe, monkeypatch):
 def test_picture_is_that_of_predict_flow(pipe):
     result = pipe(tuple(PAIR), return_image=True)
     assert result["image"].mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(result["image"]), pictures.draw_flow(result["flow"]))
-    spoilt = torch.randn(2, 8, 9, generator=torch.Generator().manual_seed(0))
-    spoilt[0, 2, 3] = torch.nan
-    spoilt[1, 4, 5] = torch.inf
-    for flow in (spoilt, torch.zeros(2, 8, 9)):
-        np.testing.assert_array_equal(draw_flow(flow).permute(1, 2, 0).numpy(), pictures.draw_flow(flow))
+    np.testing.assert_array_equal(np.asarray(result["image"]), visualize.draw_flow(result["flow"]))
+    incomplete = torch.randn(2, 8, 9, generator=torch.Generator().manual_seed(0))
+    incomplete[0, 2, 3] = torch.nan
+    incomplete[1, 4, 5] = torch.inf
+    for flow in (incomplete, torch.zeros(2, 8, 9)):
+        np.testing.assert_array_equal(draw_flow(flow).permute(1, 2, 0).numpy(), visualize.draw_flow(flow))
 
 
 def test_options_can_be_given_once_for_all(pipe):

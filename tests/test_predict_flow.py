@@ -14,7 +14,7 @@ from test_modeling_raft import tiny_config
 import predict_flow
 from flow_data.flow_io import read_flow
 from flow_data.formats import limits
-from flow_data.pictures import draw_flow
+from flow_data.visualize import draw_flow
 from flow_inference import FlowVideo, frame_sources
 from flow_inference.outputs import FlowFilms
 from flow_inference.video import VideoFlow

@@ -192,3 +192,32 @@ def test_a_bad_pair_is_told_or_replaced_the_same_everywhere():
     only_bad._load = lambda number, position: Spoilt(4, 0)[1]
     with pytest.raises(SampleError, match="^b: row 1 is bad; 100 others that were tried cannot be read either"):
         only_bad[(5, 0)]
+
+
+class NoGroundTruth(Rows):
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"flow": None}
+
+
+def test_pairs_without_ground_truth_are_an_option():
+    sources = [MixSource("frames", NoGroundTruth(2, 0), 1, unchanged), MixSource("a", Rows(2, 5), 1, unchanged)]
+    with pytest.raises(SampleError, match="^frames: 0: there must be ground-truth flow"):
+        TrainingPairs(sources, seed=0)[(0, 0)]
+    pairs = TrainingPairs(sources, seed=0, needs_flow=False)
+    without, labeled = pairs[(0, 0)], pairs[(1, 2)]
+    assert "labels" not in without and "valid" not in without and without["pixel_values"].shape == (2, 3, 8, 16)
+    assert labeled["valid"].all() and (labeled["labels"] == 5).all()
+
+
+def test_a_mask_is_optional():
+    pair = mix(lambda sample, rng: sample._replace(valid=None))[(0, 1)]
+    assert pair["valid"].all() and pair["valid"].shape == (8, 16)
+
+
+def test_frames_without_photometric_augmentation_are_an_option():
+    sizes = {"crop_size": (8, 16), "zoom_range": (0.0, 0.0), "flip": False}
+    jitter = partial(augment_dense, **sizes, keep_without_photo_aug=True)
+    pair = mix(jitter, noise_batch_size=2)[(0, 1)]
+    assert torch.equal(pair["pixel_values_without_photo_aug"], mix()[(0, 1)]["pixel_values"])  # nor noise
+    assert not torch.equal(pair["pixel_values"], pair["pixel_values_without_photo_aug"])
+    assert "pixel_values_without_photo_aug" not in mix(partial(augment_dense, **sizes))[(0, 1)]

@@ -75,7 +75,7 @@ def mean_length(pair) -> float:
 
 
 def fingerprint(pair) -> str:
-    arrays = [*pair.sample, pair.occlusion]
+    arrays = [*pair.sample[:4], pair.occlusion]
     return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 

@@ -52,7 +52,7 @@ def longest_vector(flow: Tensor) -> float:
     return _longest(torch.linalg.vector_norm(flow.detach().float(), dim=-3))
 
 
-def hide_unknown(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def mask_invalid(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """A picture of flow with white where the flow is unknown; `(H, W, 3)` uint8 and `(H, W)` bool."""
     return np.where(valid[..., None], picture, 255).astype(np.uint8)
 
@@ -69,7 +69,7 @@ def draw_wheel(size: int) -> np.ndarray:
     steps = (torch.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) * 2 - 1
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     inside = (x.square() + y.square() <= 1).numpy()
-    wheel = hide_unknown(draw_flow(torch.stack([x, y]), max_length=1), inside)
+    wheel = mask_invalid(draw_flow(torch.stack([x, y]), max_length=1), inside)
     return cv2.resize(wheel, (size, size), interpolation=cv2.INTER_AREA)
 
 

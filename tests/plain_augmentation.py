@@ -1,8 +1,8 @@
-"""The published augmentation in the plain way: whole frames, step by step, with Pillow. Baseline and oracle.
+"""The published augmentation in the plain way: whole frames, step by step, with Pillow.
 
-`flow_data.augmentation` does the same to the part of the frames that the crop shows. Here every step is the obvious
-one on everything there is, in the published order. Parameters come from `flow_data.augmentation_recipe`, so that
-both can be given the same.
+The oracle of `flow_data.augmentation`, which does the same to the part of the frames that the crop shows, and the
+baseline of `benchmarks.bench_data`. Here every step is the obvious one on whole frames, in the published order.
+Parameters are those that `flow_data.augmentation` draws, so that both can be given the same.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from flow_data.augmentation import MAX_DENSE_FLOW
-from flow_data.augmentation_recipe import Augmentation
-from flow_data.colors import Adjustments
+from flow_data.augmentation import MAX_DENSE_FLOW, Augmentation
+from flow_data.color_jitter import Adjustments
 from flow_data.features import FlowSample
 
 ADJUSTMENTS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
@@ -26,29 +25,35 @@ ADJUSTMENTS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 
 def apply_plainly(sample: FlowSample, augmentation: Augmentation, sparse: bool) -> FlowSample:
-    """Do to a sample what was drawn, as `apply_dense` or `apply_sparse` does."""
+    """Apply what was drawn to a sample, as `apply_dense` or `apply_sparse` does."""
     image1, image2 = jitter(sample.image1, sample.image2, augmentation.colors)
     image2 = erase(image2, augmentation.patches)
     sample = sample._replace(image1=image1, image2=image2)
     if augmentation.size != sample.valid.shape:
         sample = (resize_sparse if sparse else resize_dense)(sample, augmentation.size)
     if augmentation.flip_x:
-        sample = FlowSample(*(array[:, ::-1] for array in sample))
+        sample = _map(sample, lambda array: array[:, ::-1])
         sample = sample._replace(flow=sample.flow * [-1.0, 1.0])
     if augmentation.flip_y:
-        sample = FlowSample(*(array[::-1] for array in sample))
+        sample = _map(sample, lambda array: array[::-1])
         sample = sample._replace(flow=sample.flow * [1.0, -1.0])
     (top, left), (height, width) = augmentation.offset, augmentation.crop_size
-    sample = FlowSample(*(array[top : top + height, left : left + width] for array in sample))
+    sample = _map(sample, lambda array: array[top : top + height, left : left + width])
     flow, valid = sample.flow.astype(np.float32), sample.valid
     if not sparse:
         valid = valid & (np.abs(flow[..., 0]) < MAX_DENSE_FLOW) & (np.abs(flow[..., 1]) < MAX_DENSE_FLOW)
     flow = np.where(valid[..., None], flow, np.float32(0))
-    return FlowSample(*(np.ascontiguousarray(array) for array in (sample.image1, sample.image2, flow, valid)))
+    return _map(FlowSample(sample.image1, sample.image2, flow, valid), np.ascontiguousarray)
+
+
+def _map(sample: FlowSample, function: Callable[[np.ndarray], np.ndarray]) -> FlowSample:
+    """Apply a function to both frames, flow and `valid`."""
+    image1, image2, flow, valid = map(function, sample[:4])  # type: ignore[arg-type]
+    return FlowSample(image1, image2, flow, valid)
 
 
 def jitter(image1: np.ndarray, image2: np.ndarray, colors: tuple[Adjustments, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Adjust the colours of both frames as one picture, or of each in its own way."""
+    """Adjust the colors of both frames as one image, or of each in its own way."""
     if len(colors) == 2:
         return adjust(image1, colors[0]), adjust(image2, colors[1])
     both = adjust(np.concatenate([image1, image2]), colors[0])
@@ -56,7 +61,7 @@ def jitter(image1: np.ndarray, image2: np.ndarray, colors: tuple[Adjustments, ..
 
 
 def adjust(image: np.ndarray, adjustments: Adjustments) -> np.ndarray:
-    """Apply colour adjustments with torchvision's functions on Pillow images."""
+    """Apply color adjustments with torchvision's functions on Pillow images."""
     picture = Image.fromarray(image)
     for name, factor in adjustments:
         if name != "hue" or factor != 0:  # a turn of 0 would still round every pixel to HSV and back
@@ -65,7 +70,7 @@ def adjust(image: np.ndarray, adjustments: Adjustments) -> np.ndarray:
 
 
 def erase(image: np.ndarray, patches: list[tuple[slice, slice]]) -> np.ndarray:
-    """Fill rectangles with the picture's mean colour."""
+    """Fill rectangles with the image's mean color."""
     erased = image.copy()
     for patch in patches:
         erased[patch] = np.rint(image.reshape(-1, 3).mean(axis=0))
@@ -80,7 +85,7 @@ def resize_dense(sample: FlowSample, size: tuple[int, int]) -> FlowSample:
 
 
 def resize_sparse(sample: FlowSample, size: tuple[int, int]) -> FlowSample:
-    """Resize the pictures bilinearly and move each valid pixel to the pixel in which its centre lies afterwards."""
+    """Resize the images bilinearly and move each valid pixel to the pixel in which its center lies afterwards."""
     rows, columns = np.nonzero(sample.valid)
     row = ((2 * rows + 1) * size[0]) // (2 * sample.valid.shape[0])
     column = ((2 * columns + 1) * size[1]) // (2 * sample.valid.shape[1])
