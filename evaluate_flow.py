@@ -22,13 +22,14 @@ from accelerate.utils import patch_environment
 from PIL import Image
 from tqdm.auto import tqdm
 
+from flow_data.arguments import add_synthetic_flags, given_flags
 from flow_data.atomic_write import atomic_write
 from flow_data.datasets import DATASETS, SUBMISSIONS, Protocol, check_split, load_source
 from flow_data.features import to_sample
 from flow_data.flow_io import describe_loss
 from flow_data.images import disable_image_decoding
 from flow_data.out_of_memory import explain_out_of_memory
-from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
+from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_data.visualize import stack_rows
 from flow_inference.devices import choose_device
 from flow_inference.pictures import compare

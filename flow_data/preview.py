@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from flow_data.arguments import add_source_arguments, add_synthetic_flags, check_source_arguments, given_flags
 from flow_data.augmentation import augment_dense, augment_sparse
-from flow_data.datasets import DATASETS, check_source, check_split, is_sparse, load_source
+from flow_data.datasets import DATASETS, is_sparse, load_source
 from flow_data.features import FlowSample, to_sample
 from flow_data.images import disable_image_decoding
-from flow_data.synthetic import SyntheticOptions, add_synthetic_flags, given_flags, synthetic
+from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_data.visualize import draw_flow, join_row, mask_invalid, stack_rows
 
 CELL_HEIGHT = 128  # pixels of the contact sheet
@@ -91,9 +92,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flow_data.preview", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help=", ".join(sorted(DATASETS)))
-    parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: pictures to cut textures from")
-    parser.add_argument("--split", help="default: the training split")
+    data_dir_help = "the data set's own folder; for synthetic: images to cut textures from"
+    add_source_arguments(parser, data_dir_help, split_help="default: the training split")
     parser.add_argument("--output", type=Path, help="contact sheet to write; default: preview_SOURCE.png")
     parser.add_argument("--num_pairs", type=int, default=4, help="pairs on the sheet")
     parser.add_argument("--max_pairs", type=int, default=100, help="pairs that the figures are taken from")
@@ -103,22 +103,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the augmentation")
     add_synthetic_flags(parser)
     args = parser.parse_args(argv)
-    try:
-        check_source(args.source)
-        if args.split is not None:
-            check_split(args.source, args.split)
-    except ValueError as error:
-        parser.error(str(error))
-    given = given_flags(args)
-    if given and args.source != "synthetic":
-        parser.error(f"--synthetic_{next(iter(given))} is for the source synthetic; {args.source} is read from files")
-    if args.data_dir is None and args.source != "synthetic":
-        parser.error(f"--data_dir is missing: the folder of {args.source}")
+    check_source_arguments(parser, args, positive=("num_pairs", "max_pairs"))
     if args.output is not None and args.output.suffix.lower() not in Image.registered_extensions():
         parser.error(f"--output: no picture has the suffix of {args.output}")
-    for name in ("num_pairs", "max_pairs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
     if args.output is None:
         args.output = Path(f"preview_{args.source}.png")
     return args

@@ -26,7 +26,8 @@ from datasets import Dataset, Features, Image, Value
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
 
-from flow_data.datasets import DATASETS, check_source, check_split, has_ground_truth, load_source
+from flow_data.arguments import add_source_arguments, check_source_arguments
+from flow_data.datasets import DATASETS, has_ground_truth, load_source
 from flow_data.features import FlowSample, OpticalFlow, to_sample
 from flow_data.flow_io import encode_flow
 from flow_data.formats.masks import encode_mask
@@ -97,30 +98,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flow_data.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help=", ".join(sorted(DATASETS)))
-    parser.add_argument("--data_dir", help="the data set's own folder")
+    split_help = "default: every split that has ground truth, of what data_dir holds"
+    add_source_arguments(parser, "the data set's own folder", split_help)
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--repo_id", help="user/name; made if it is not there")
     place.add_argument(
         "--output_dir", type=Path, help="folder to write the same files into, instead of uploading them"
     )
-    parser.add_argument("--split", help="default: every split that has ground truth, of what data_dir holds")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     parser.add_argument("--token", help="token to push with; default: the one you logged in with")
     parser.add_argument(
         "--max_shard_bytes", type=int, default=MAX_SHARD_BYTES, help="of a file; so much disk is needed for a while"
     )
     args = parser.parse_args(argv)
-    try:
-        check_source(args.source)
-        if args.split is not None:
-            check_split(args.source, args.split)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.data_dir is None and args.source != "synthetic":
-        parser.error(f"--data_dir is missing: the folder of {args.source}")
-    if args.max_shard_bytes < 1:
-        parser.error(f"--max_shard_bytes must be at least 1; got {args.max_shard_bytes}")
+    check_source_arguments(parser, args, positive=("max_shard_bytes",))
     return args
 
 

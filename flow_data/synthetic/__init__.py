@@ -1,12 +1,5 @@
 """Image pairs with exactly known flow, drawn on the fly; `generator` is the place to begin reading."""
 
-from flow_data.synthetic.generator import (
-    SyntheticOptions,
-    SyntheticPair,
-    add_synthetic_flags,
-    given_flags,
-    render_pair,
-    synthetic,
-)
+from flow_data.synthetic.generator import SyntheticOptions, SyntheticPair, render_pair, synthetic
 
-__all__ = ["SyntheticOptions", "SyntheticPair", "add_synthetic_flags", "given_flags", "render_pair", "synthetic"]
+__all__ = ["SyntheticOptions", "SyntheticPair", "render_pair", "synthetic"]

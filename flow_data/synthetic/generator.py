@@ -8,10 +8,9 @@ outlines, textures and what the camera makes of them each have a file of their o
 Shapes: `H W` frame, `L` layers, the background first.
 """
 
-import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -29,27 +28,6 @@ POOL_SIZES = {"training": 256, "validation": 64, "all": 256}  # textures; about 
 PICTURES_PER_PAIR = 3  # of the user's, for all layers
 SHARES = ("appearance", "nonrigid", "ego_motion")  # options between 0 and 1
 PROBES = 1500  # pixels, about, that the mean displacement is taken over when motions are scaled
-
-
-def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags `--synthetic_NAME` of the options but textures; each is None unless it is given."""
-    group = parser.add_argument_group("synthetic pairs, as the training flags of the same names")
-    group.add_argument("--synthetic_image_size", type=int, nargs=2, help="height and width")
-    group.add_argument("--synthetic_displacement", type=float, nargs=2, help="range of a pair's mean flow, pixels")
-    group.add_argument("--synthetic_shapes", type=int, nargs=2, help="range of the number of moving shapes")
-    group.add_argument(
-        "--synthetic_appearance", type=float, help="strength of exposure, light, blur and noise, 0 to 1"
-    )
-    group.add_argument("--synthetic_nonrigid", type=float, help="probability that a layer deforms")
-    group.add_argument("--synthetic_ego_motion", type=float, help="share of pairs with a travelling camera")
-
-
-def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Options that were given as flags of `add_synthetic_flags`, by their names in `SyntheticOptions`."""
-    values = {field.name: getattr(args, f"synthetic_{field.name}", None) for field in fields(SyntheticOptions)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None
-    }
 
 
 @dataclass(frozen=True)
