@@ -1,10 +1,10 @@
-"""Random colours: brightness, contrast, saturation and hue of part of a frame, relative to the whole of it.
+"""Random colors: brightness, contrast, saturation and hue of part of a frame, relative to the whole of it.
 
 The adjustments are those of torchvision's ColorJitter, in 8 bits each, of which OpenCV makes a tenth of Pillow's time.
-Contrast is relative to the mean grey of the whole of what is adjusted. Here most of that is never looked at again, so
+Contrast is relative to the mean gray of the whole of what is adjusted. Here most of that is never used again, so
 its mean is taken from a `probe`, a grid of its pixels that undergoes the same adjustments: of at least 2**14 pixels of
-a frame, which for independent pixels of standard deviation 70 means a standard error of 0.6 grey levels, times at most
-0.4 in the picture; what neighbouring pixels have in common makes it less.
+a frame, which for independent pixels of standard deviation 70 means a standard error of 0.6 gray levels, times at most
+0.4 in the image; what neighboring pixels have in common makes it less.
 """
 
 import math
@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 PROBE_PIXELS = 2**14  # of a frame, at least, where it has so many
-GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as in Pillow and OpenCV
+GRAY = np.array([0.299, 0.587, 0.114])  # ITU-R 601-2, as in Pillow and OpenCV
 HUE_STEPS = 256  # a circle, in OpenCV's *_FULL conversions
 
 
@@ -31,7 +31,7 @@ Adjustments = list[tuple[str, float]]  # (name, factor), in the order in which t
 
 
 def draw_adjustments(rng: np.random.Generator, jitter: JitterRange) -> Adjustments:
-    """Draw the four colour adjustments, in random order."""
+    """Draw the four color adjustments, in random order."""
     factors = [
         (name, rng.uniform(1 - width, 1 + width)) for name, width in zip(jitter._fields[:3], jitter, strict=False)
     ]
@@ -51,12 +51,12 @@ def mean_color(probe: np.ndarray) -> np.ndarray:
 
 
 def adjust_colors(image: np.ndarray, adjustments: Adjustments, probe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Apply colour adjustments in the order given.
+    """Apply color adjustments in the order given.
 
     Args:
         image: `(H, W, 3)` uint8, RGB.
         adjustments: A factor of 1, or a turn of 0, changes nothing.
-        probe: `(N, 1, 3)` uint8, pixels of everything that is adjusted in this way, whose mean grey contrast needs.
+        probe: `(N, 1, 3)` uint8, pixels of everything that is adjusted in this way, whose mean gray contrast needs.
 
     Returns:
         The image and the probe, adjusted; neither is changed in place.
@@ -65,8 +65,8 @@ def adjust_colors(image: np.ndarray, adjustments: Adjustments, probe: np.ndarray
         if name == "brightness":
             image, probe = _scale(image, factor, 0.0), _scale(probe, factor, 0.0)
         elif name == "contrast":
-            grey = float(GREY @ mean_color(probe))
-            image, probe = _scale(image, factor, grey), _scale(probe, factor, grey)
+            gray = float(GRAY @ mean_color(probe))
+            image, probe = _scale(image, factor, gray), _scale(probe, factor, gray)
         elif name == "saturation":
             image, probe = _saturate(image, factor), _saturate(probe, factor)
         elif name == "hue":
@@ -82,8 +82,8 @@ def _scale(image: np.ndarray, factor: float, center: float) -> np.ndarray:
 
 
 def _saturate(image: np.ndarray, factor: float) -> np.ndarray:
-    """grey + factor * (image - grey), rounded and clipped."""
-    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * GREY)
+    """gray + factor * (image - gray), rounded and clipped."""
+    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * GRAY)
 
 
 def _turn_hue(image: np.ndarray, turn: float) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The columns of a flow data set, and one decoded sample.
 
-`OpticalFlow` is a column type of `datasets`, as `datasets.Image` is for pictures: rows hold a path or the bytes of a
-flow file and are decoded only when they are looked at. A program that does not import this module cannot read a data
+`OpticalFlow` is a column type of `datasets`, as `datasets.Image` is for images: rows hold a path or the bytes of a
+flow file, which is decoded only when it is accessed. A program that does not import this module cannot read a data
 set whose published schema names it, so publish plain `{"bytes": binary, "path": string}` columns and
 `cast_column("flow", OpticalFlow())` after loading.
 """
@@ -31,7 +31,7 @@ class OpticalFlow:
     Args:
         decode: give `{"flow", "valid"}` arrays; False gives the stored `{"bytes", "path"}`.
         stride: keep every so many rows and columns of a field that is finer than its frames, as Spring's; the vectors
-            are in pixels of the frames already. Arrays are the size of the frames, and are stored as fine.
+            are in pixels of the frames already. Arrays have the size of the frames, and are stored at the finer size.
     """
 
     decode: bool = True
@@ -48,13 +48,13 @@ class OpticalFlow:
         """Bring one value into the form that is stored.
 
         Args:
-            value: path of a flow file; its `{"bytes", "path"}`, where the path's suffix tells the format and `.flo` is
+            value: path of a flow file; its `{"bytes", "path"}`, where the path's suffix is the format and `.flo` is
                 assumed without a path; or the flow itself, as `(flow, valid)` or `{"flow", "valid"}` with
                 `(H, W, 2)` float32 pixels and `(H, W)` bool or None.
 
         Returns:
             `{"bytes", "path"}`; arrays become the bytes of a `.flo` file. Flow that is not finite is unknown; where
-            `valid` says otherwise, a warning says how much of it.
+            `valid` says otherwise, a warning reports its share.
 
         Raises:
             ValueError: none of these, arrays of wrong shape or type, or flow that is finite in no valid pixel.
@@ -296,13 +296,13 @@ def to_sample(row: Mapping[str, Any], needs_flow: bool = True) -> FlowSample:
             that differ. The message names the row's id.
     """
     name = row["id"]
-    truth = row.get("flow")
-    if truth is None and needs_flow:
+    ground_truth = row.get("flow")
+    if ground_truth is None and needs_flow:
         raise ValueError(f"{name}: there must be ground-truth flow; got none (is this a test split?)")
     image1, image2 = read_pair(row)
-    flow: Any = None if truth is None else truth["flow"]
-    valid: Any = None if truth is None else truth["valid"]
-    mask = None if truth is None else row.get("valid")
+    flow: Any = None if ground_truth is None else ground_truth["flow"]
+    valid: Any = None if ground_truth is None else ground_truth["valid"]
+    mask = None if ground_truth is None else row.get("valid")
     height, width = image1.shape[:2]
     for key, array in (("image2", image2), ("flow", flow), ("valid", mask)):
         if array is not None and array.shape[:2] != (height, width):
@@ -315,7 +315,7 @@ def to_sample(row: Mapping[str, Any], needs_flow: bool = True) -> FlowSample:
 
 
 def to_occlusion(row: Mapping[str, Any]) -> np.ndarray | None:
-    """Decode the mask of what frame 2 does not show: a row's column `occlusion`, which Sintel has.
+    """Decode the mask of occluded pixels: a row's column `occlusion`, which Sintel has.
 
     Args:
         row: of a source; `occlusion` as a PIL image or as stored (`{"bytes", "path"}`), None or absent.

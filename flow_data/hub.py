@@ -181,7 +181,7 @@ class ParquetRows:
         return row
 
     def flow_names(self) -> list[str]:
-        """Names of flow files, as far as the files' footers tell: the first and last of each row group."""
+        """Names of flow files, as far as the files' footers state them: the first and last of each row group."""
         names = []
         for _, footer, group in self.groups:
             columns = (footer.row_group(group).column(index) for index in range(footer.num_columns))
@@ -217,7 +217,7 @@ class ParquetRows:
 
 
 def _byte_ranges(group: pq.RowGroupMetaData, columns: list[str]) -> list[tuple[int, int]]:
-    """Where columns of a row group lie in their file: `(first, end)`, in order, neighbours as one."""
+    """Where columns of a row group lie in their file: `(first, end)`, in order, neighbors as one."""
     chunks = []
     for column in map(group.column, range(group.num_columns)):
         if column.path_in_schema.partition(".")[0] in columns:

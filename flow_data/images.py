@@ -1,13 +1,13 @@
-"""Pictures of a data set as RGB arrays, decoded by the quickest decoder that never hands out garbage in silence.
+"""Images of a data set as RGB arrays, decoded by the fastest decoder that never returns wrong pixels silently.
 
 A file is damaged or truncated sooner or later in a data set of 80,000 frames, and the decoders differ in what they do
 then: Pillow fills up a PNG whose pixel data ends early, torchvision may crash the process on a wrong checksum, OpenCV
-turns pictures as EXIF says. So the checksums of a PNG's chunks are compared here, before any decoder sees them, and
+rotates images as EXIF says. So the checksums of a PNG's chunks are compared here, before any decoder sees them, and
 only then are its pixels decoded: RGB by kornia-rs, which takes 0.4 of OpenCV's time (most of what a training sample
-costs), and the rest by OpenCV. The former does not compare zlib's own checksum of the pixels: it would not notice that
+costs), and the rest by OpenCV. kornia-rs does not compare zlib's own checksum of the pixels: it would not notice that
 a file was written wrong, with right checksums around wrong data. A PNG that is damaged where it holds no pixels is
 decoded after zlib's checksum has proved the pixels complete (`flow_data.formats.png`). Binary PPM is little but a
-header. All else, JPEG too, is Pillow's.
+header. Everything else, JPEG too, is decoded by Pillow.
 """
 
 import contextlib
@@ -29,7 +29,9 @@ from flow_data.file_names import find_path
 from flow_data.formats.limits import MAX_PIXELS, check_pixels
 from flow_data.formats.png import PNG_RGB, PNG_SIGNATURE, plain_png, read_png
 
-PPM_HEADER = re.compile(rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s")  # a comment in it, or 16 bits: Pillow knows
+PPM_HEADER = re.compile(
+    rb"P6\s+(\d{1,8})\s+(\d{1,8})\s+255\s"
+)  # a header with a comment, or 16 bits, is left to Pillow
 
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")  # Pillow's
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -38,7 +40,7 @@ EXIF_ORIENTATION = 0x0112
 FORMATS_CUT_TO_8_BITS = ("TIFF", "PPM", "JPEG2000")  # by Pillow, where they hold color of 16 bits
 
 SAMPLE_COLUMNS = ("id", "image1", "image2", "flow", "valid")
-EVALUATION_COLUMNS = ("occlusion",)  # more, where there are any, that figures are divided by
+EVALUATION_COLUMNS = ("occlusion",)  # further columns, by which metrics are divided where a data set has them
 
 
 def read_pair(row: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,7 +122,7 @@ def read_rgb(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarra
 
 
 def _read_image(value: PIL.Image.Image | Mapping[str, Any], name: str) -> np.ndarray:
-    """As `read_rgb`, but of any depth."""
+    """Decode one image as `read_rgb` does, but of any depth."""
     if isinstance(value, PIL.Image.Image):
         return _from_pil(value, name)
     data, path = value["bytes"], value["path"]
@@ -219,13 +221,13 @@ def _as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 
 def disable_image_decoding(dataset: Any) -> Any:
-    """The rows of a source with only what a sample and its evaluation need, and images left as stored.
+    """Select the columns that a sample and its evaluation need, and leave images as stored.
 
     `read_rgb` decodes them, `flow_data.features.to_occlusion` the masks of occluded pixels.
 
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`. One without columns of images, as `synthetic`'s, which
-            draws them when asked, is returned as it is.
+            draws them when accessed, is returned unchanged.
     """
     features = getattr(dataset, "features", None)
     if features is None or not all(isinstance(features.get(key), Image) for key in ("image1", "image2")):
@@ -249,8 +251,8 @@ def _decode_png(data: bytes, name: str) -> np.ndarray:
         if deep is None or deep.shape != (height, width, 3):
             raise ValueError(f"{name}: damaged PNG: its pixel data cannot be decoded")
         return deep
-    if header.colour == PNG_RGB:
-        with contextlib.suppress(Exception):  # it knows neither interlacing nor EXIF; OpenCV has the last word
+    if header.color == PNG_RGB:
+        with contextlib.suppress(Exception):  # it supports neither interlacing nor EXIF; then OpenCV decodes
             return decode_image_png_u8(data, (height, width), "rgb")
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)

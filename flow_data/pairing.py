@@ -1,7 +1,7 @@
-"""Pairs out of files: folders are listed, files are matched by name, and what does not fit is counted and named.
+"""Match files to pairs by name; what does not match is counted and named.
 
-Pairs are made by name, never by list position, as a folder may hold more frames than flows. A folder is listed once
-and no file is asked for on its own: FlyingThings3D has 200,000 of them.
+Files are matched by name, never by list position, as a folder may hold more frames than flows. A folder is listed once
+and no file is checked on its own: FlyingThings3D has 200,000 of them.
 """
 
 import logging
@@ -48,7 +48,7 @@ def validate_choice(source: str, what: str, choice: str, choices: Mapping[str, C
 
 
 def absolute(root: str | os.PathLike[str]) -> str:
-    """The absolute path of a file or folder, as the disk has it: records outlive a change of the working directory."""
+    """The absolute path of a file or folder, as the disk has it: rows stay valid if the working directory changes."""
     return find_path(os.path.abspath(os.path.expanduser(root)))
 
 
@@ -98,14 +98,14 @@ def consecutive_pairs(
     Args:
         prefix: of the ids.
         frames: number -> path.
-        flows: likewise, by the number of the first frame; None in a split without ground truth.
-        masks: likewise.
+        flows: number of the first frame -> path; None in a split without ground truth.
+        masks: number of the first frame -> path; None where there are no masks.
         step: from the first frame to the second; -1 for backward flow.
         flow_at_end: the sequence's end has a flow although no frame comes after it; that flow is not missing a frame.
     """
     numbers = sorted({*frames, *(flows or ())}, key=int, reverse=step < 0)
     ends = set(numbers[-1:]) if flows is None or flow_at_end else set()
-    if flows is None:  # a gap spoils the pair before it and the pair after it
+    if flows is None:  # a missing frame makes the pairs before and after it incomplete
         numbers += [shift(number, -step) for number in numbers[1:]]
     return [
         Pair(
@@ -125,7 +125,7 @@ def to_dataset(
     folder: str,
     layout: str,
     *,
-    truth: bool = True,
+    ground_truth: bool = True,
     features: Features = FLOW_FEATURES,
     masks: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Dataset:
@@ -139,7 +139,7 @@ def to_dataset(
         pairs: all of which some file is there, in any order.
         folder: where files were looked for.
         layout: what was expected in there.
-        truth: a pair needs a flow.
+        ground_truth: a pair needs a flow.
         features: of the rows.
         masks: further columns, column -> id -> path; null where a pair has none.
 
@@ -158,7 +158,7 @@ def to_dataset(
     }
     for pair in pairs:
         frames = (pair.image1 is not None) + (pair.image2 is not None)
-        if truth and pair.flow is None:
+        if ground_truth and pair.flow is None:
             if frames == 2:  # a single frame may be a sequence's end
                 incomplete["image pairs without flow"].append(pair.id)
         elif frames == 2:
@@ -168,10 +168,10 @@ def to_dataset(
 
     left_out = [f"left out {len(ids)} {what}: {first_few(ids)}" for what, ids in incomplete.items() if ids]
     if not complete:
-        fault = "holds no such file" if os.path.isdir(folder) else "does not exist"
+        problem = "holds no such file" if os.path.isdir(folder) else "does not exist"
         if left_out:
-            fault = f"{fault if fault == 'does not exist' else 'holds no complete pair'}; {'; '.join(left_out)}"
-        raise FileNotFoundError(f"{source}: no pairs: there must be {layout}; looked in {folder}, which {fault}")
+            problem = f"{problem if problem == 'does not exist' else 'holds no complete pair'}; {'; '.join(left_out)}"
+        raise FileNotFoundError(f"{source}: no pairs: there must be {layout}; looked in {folder}, which {problem}")
     for message in left_out:
         logger.warning("%s: %s", source, message)
     columns = dict(zip(Pair._fields, map(list, zip(*complete, strict=True)), strict=True))

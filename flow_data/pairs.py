@@ -82,7 +82,7 @@ def pairs(root: str | os.PathLike[str], split: str) -> Dataset:
 
 def _of_table(path: str) -> Dataset:
     records = read_table(path)
-    return to_dataset("pairs", records, os.path.dirname(path), LAYOUT, truth=any(pair.flow for pair in records))
+    return to_dataset("pairs", records, os.path.dirname(path), LAYOUT, ground_truth=any(pair.flow for pair in records))
 
 
 def _of_folder(path: str, sub_folders: bool) -> Dataset:
@@ -103,8 +103,8 @@ def _of_folder(path: str, sub_folders: bool) -> Dataset:
     if orphans := sorted(set(found["valid"]) - stem_set):
         logger.warning("pairs: %d masks without a pair: %s", len(orphans), first_few(orphans))
     records = [Pair(stem, *(found[kind].get(stem) for kind in kinds)) for stem in stem_set]
-    truth = bool(found["flow"]) or (sub_folders and os.path.isdir(f"{path}/flow"))
-    return to_dataset("pairs", records, path, LAYOUT, truth=truth)
+    ground_truth = bool(found["flow"]) or (sub_folders and os.path.isdir(f"{path}/flow"))
+    return to_dataset("pairs", records, path, LAYOUT, ground_truth=ground_truth)
 
 
 def _unify_stems(found: Mapping[str, dict[str, str]]) -> None:
@@ -261,7 +261,7 @@ def _lines(path: str) -> Iterator[tuple[int, Cells]]:
     """(line number, cells) of every line that is not empty.
 
     Raises:
-        ValueError: another suffix, not UTF-8, no such columns, or CSV that cannot be told apart into cells.
+        ValueError: another suffix, not UTF-8, no such columns, or CSV that cannot be split into cells.
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in TABLE_SUFFIXES:

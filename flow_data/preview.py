@@ -1,4 +1,4 @@
-"""Look at what a model will be fed: figures of a source, and a contact sheet of pairs before and after augmentation.
+"""Inspect training data: statistics of a source, and a contact sheet of pairs before and after augmentation.
 
 python -m flow_data.preview kitti_2015 --data_dir datasets/KITTI --crop_size 288 960 --zoom_range -0.2 0.4 --no_flip
 python -m flow_data.preview synthetic --synthetic_displacement 1 60 --num_pairs 8
@@ -31,17 +31,17 @@ SPEED_BINS = 2.0 ** np.arange(-7, 14, 0.05)  # pixels; a histogram, as the speed
 
 
 class Statistics(NamedTuple):
-    """Figures of some pairs of a source.
+    """Statistics of some pairs of a source.
 
     Args:
-        num_pairs: looked at.
+        num_pairs: number of pairs that they are taken from.
         sizes: (height, width) -> how many pairs have it.
         share_valid: known pixels of all pixels.
         mean_flow: (x, y) over known pixels, pixels.
         mean_speed: length of the flow, pixels, over known pixels.
-        median_speed: likewise, to 4 %.
+        median_speed: median length of the flow, pixels, over known pixels, to 4 %.
         high_speed: which 5 % of the known pixels exceed, to 4 %.
-        max_speed: the greatest.
+        max_speed: greatest length of the flow, pixels, over known pixels.
     """
 
     num_pairs: int
@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_source_arguments(parser, data_dir_help, split_help="default: the training split")
     parser.add_argument("--output", type=Path, help="contact sheet to write; default: preview_SOURCE.png")
     parser.add_argument("--num_pairs", type=int, default=4, help="pairs on the sheet")
-    parser.add_argument("--max_pairs", type=int, default=100, help="pairs that the figures are taken from")
+    parser.add_argument("--max_pairs", type=int, default=100, help="pairs that the statistics are taken from")
     parser.add_argument("--crop_size", type=int, nargs=2, default=[384, 512], help="height and width, as in training")
     parser.add_argument("--zoom_range", type=float, nargs=2, default=[-0.2, 0.5], help="log2, as in training")
     parser.add_argument("--no_flip", action="store_true", help="as in training")
@@ -105,23 +105,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_source_arguments(parser, args, positive=("num_pairs", "max_pairs"))
     if args.output is not None and args.output.suffix.lower() not in Image.registered_extensions():
-        parser.error(f"--output: no picture has the suffix of {args.output}")
+        parser.error(f"--output: no image format has the suffix of {args.output}")
     if args.output is None:
         args.output = Path(f"preview_{args.source}.png")
     return args
 
 
 def spread(length: int, wanted: int) -> list[int]:
-    """Up to so many numbers below `length`, evenly apart: neighbours are often frames of one scene."""
+    """Up to `wanted` indices below `length`, evenly apart, as neighbors are often frames of one scene."""
     return np.linspace(0, length - 1, min(length, wanted)).round().astype(int).tolist()
 
 
 def measure(rows: Any, numbers: list[int]) -> Statistics:
-    """Figures of some rows.
+    """Compute statistics of some rows.
 
     Args:
         rows: of a source, with ground truth.
-        numbers: of the rows to look at.
+        numbers: indices of the rows.
 
     Raises:
         ValueError: damaged, or without ground truth.
@@ -131,7 +131,7 @@ def measure(rows: Any, numbers: list[int]) -> Statistics:
     pixels = known = 0
     sums, longest = np.zeros(3), 0.0
     histogram = np.zeros(len(SPEED_BINS) + 1, np.int64)
-    for number in tqdm(numbers, desc="looking", leave=False):
+    for number in tqdm(numbers, desc="reading", leave=False):
         sample = to_sample(rows[number])
         flow = sample.flow[sample.valid].astype(np.float64)
         speed = np.linalg.norm(flow, axis=-1)
@@ -151,7 +151,7 @@ def measure(rows: Any, numbers: list[int]) -> Statistics:
 
 
 def describe(source: str, split: str, num_pairs: int, statistics: Statistics) -> str:
-    """The figures as lines of text."""
+    """The statistics as lines of text."""
     sizes = ", ".join(f"{height} x {width} ({count})" for (height, width), count in statistics.sizes.most_common(5))
     more = len(statistics.sizes) - 5
     seen = "all of them" if statistics.num_pairs == num_pairs else f"{statistics.num_pairs} of them, evenly apart"
@@ -165,7 +165,7 @@ def describe(source: str, split: str, num_pairs: int, statistics: Statistics) ->
     nothing = "" if statistics.share_valid > 0 else ": no pixel has valid ground truth, there is nothing to learn from"
     return "\n".join(
         [
-            f"{source}, split {split}: {num_pairs} pairs; figures of {seen}",
+            f"{source}, split {split}: {num_pairs} pairs; statistics of {seen}",
             f"  size (h x w)  {sizes}{f' and {more} more' if more > 0 else ''}",
             f"  speed         {speed}",
             f"  mean flow     {mean_flow}",
@@ -190,16 +190,16 @@ def draw_row(name: str, samples: list[FlowSample]) -> np.ndarray:
         colors = mask_invalid(draw_flow(torch.from_numpy(sample.flow).permute(2, 0, 1)), sample.valid)
         height, width = sample.valid.shape
         captions = (name if sample is samples[0] else "augmented", f"{height} x {width}", longest)
-        pictures = (sample.image1, sample.image2, colors)
-        rows.append(join_row([_cell(*cell) for cell in zip(pictures, captions, strict=True)]))
+        images = (sample.image1, sample.image2, colors)
+        rows.append(join_row([_cell(*cell) for cell in zip(images, captions, strict=True)]))
     side_by_side = join_row(rows)
     return side_by_side if side_by_side.shape[1] <= MAX_SHEET_WIDTH else stack_rows(rows)
 
 
-def _cell(picture: np.ndarray, caption: str) -> np.ndarray:
-    """A picture of `CELL_HEIGHT` with its caption in the corner, white on a dark band."""
-    width = max(round(picture.shape[1] * CELL_HEIGHT / picture.shape[0]), 1)
-    cell = cv2.resize(picture, (width, CELL_HEIGHT), interpolation=cv2.INTER_AREA)
+def _cell(image: np.ndarray, caption: str) -> np.ndarray:
+    """An image of `CELL_HEIGHT` with its caption in the corner, white on a dark band."""
+    width = max(round(image.shape[1] * CELL_HEIGHT / image.shape[0]), 1)
+    cell = cv2.resize(image, (width, CELL_HEIGHT), interpolation=cv2.INTER_AREA)
     cell[:14] = cell[:14] // 3
     return cv2.putText(cell, caption, (3, 10), cv2.FONT_HERSHEY_SIMPLEX, 0.33, (255, 255, 255), 1, cv2.LINE_AA)
 

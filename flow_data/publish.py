@@ -2,8 +2,8 @@
 
 python -m flow_data.publish sintel_clean --data_dir datasets/Sintel --repo_id user/name
 
-Columns: `id`; `image1`, `image2` (pictures); `flow` and `valid`, structs of `bytes`, a whole file, and `path`, its
-name, whose suffix tells the format. `flow` is the owners' file, `valid` a PNG, or null where the flow file says all.
+Columns: `id`; `image1`, `image2` (images); `flow` and `valid`, structs of `bytes`, a whole file, and `path`, its
+name, whose suffix is the format. `flow` is the owners' file, `valid` a PNG, or null where the flow file has the mask.
 One row is one row group, so that a row can be fetched on its own.
 """
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"flow_data.publish: error: {error}")
     terms = DATASETS[args.source].license.terms
-    print(f"published: {place}\nterms of the data: {terms}; see to it that you may pass them on")
+    print(f"published: {place}\nterms of the data: {terms}; make sure that you may pass the data on")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -133,19 +133,19 @@ def open_splits(source: str, data_dir: str | None, split: str | None) -> dict[st
             raise ValueError(f"{source}: the split {split} has no ground truth to publish")
         return {HUB_SPLITS[split]: dataset}
     found: dict[str, Dataset] = {}
-    faults = []
+    problems = []
     for name in DATASETS[source].splits:
         if name == "all":
             continue
         try:
             dataset = load_source(source, data_dir, name)
         except FileNotFoundError as error:
-            faults.append(error)
+            problems.append(error)
             continue
         if has_ground_truth(dataset):
             found[HUB_SPLITS[name]] = dataset
     if not found:
-        raise faults[0] if faults else FileNotFoundError(f"{source}: nothing with ground truth in {data_dir}")
+        raise problems[0] if problems else FileNotFoundError(f"{source}: nothing with ground truth in {data_dir}")
     return found
 
 
@@ -159,7 +159,7 @@ def publish(
 ) -> str:
     """Upload rows as Parquet files with a data set card, in one commit.
 
-    Every row is decoded once, so that nothing damaged is published. An upload that broke off goes on when it is run
+    Every row is decoded once, so that nothing damaged is published. An interrupted upload resumes when it is run
     again: the Hub already has the files that went through.
 
     Args:
@@ -186,7 +186,7 @@ def publish(
     with tempfile.TemporaryDirectory() as folder:
         for path, file, suffixes in write_shards(splits, Path(folder), max_shard_bytes):
             addition = CommitOperationAdd(path_in_repo=path, path_or_fileobj=file)
-            with _hub_errors(f"cannot upload to {repo_id}, run it again to go on"):
+            with _hub_errors(f"cannot upload to {repo_id}, run it again to resume"):
                 api.preupload_lfs_files(repo_id, [addition], repo_type="dataset")
             if file.stat().st_size > MAX_BYTES_IN_COMMIT:
                 file.unlink()
@@ -198,7 +198,7 @@ def publish(
         others = {_split_of(path) for path in present} - set(splits)  # published before
         card = make_card(source, repo_id, splits, formats, sorted(others))
         operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=str(card).encode()))
-        with _hub_errors(f"cannot upload to {repo_id}, run it again to go on"):
+        with _hub_errors(f"cannot upload to {repo_id}, run it again to resume"):
             commit = api.create_commit(repo_id, operations, commit_message=f"Publish {source}", repo_type="dataset")
     return commit.commit_url
 
@@ -219,7 +219,7 @@ def _split_of(path: str) -> str:
 def publish_to_folder(
     source: str, splits: Mapping[str, Dataset], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write into a folder what `publish` uploads, to be looked at or uploaded by other means."""
+    """Write into a folder what `publish` uploads, to be inspected or uploaded by other means."""
     formats: set[str] = set()
     for _, _, suffixes in write_shards(splits, folder, max_shard_bytes):
         formats |= suffixes
@@ -277,15 +277,15 @@ def published_rows(dataset: Dataset, numbers: range) -> Iterator[dict[str, Any]]
         name, mask = PurePath(row["id"]).name, decoded.get("valid")
         yield {
             "id": row["id"],
-            "image1": _picture(row["image1"], f"{name}_img1"),
-            "image2": _picture(row["image2"], f"{name}_img2"),
+            "image1": _image_file(row["image1"], f"{name}_img1"),
+            "image2": _image_file(row["image2"], f"{name}_img2"),
             "flow": _flow(row["flow"], dataset.features.get("flow"), sample, name),
             "valid": None if mask is None else {"bytes": encode_mask(mask), "path": f"{name}_valid.png"},
         }
 
 
 def _stored(dataset: Dataset) -> Dataset:
-    """The rows as they are stored, nothing decoded; rows that are drawn when looked at have nothing stored."""
+    """The rows as they are stored, nothing decoded; rows that are drawn when accessed have nothing stored."""
     if "flow" not in dataset.column_names:
         return dataset
     for column in FILE_COLUMNS:
@@ -296,7 +296,7 @@ def _stored(dataset: Dataset) -> Dataset:
 
 def _row_bytes(dataset: Dataset) -> Iterator[int]:
     """Size of each row's files, which is about what it takes in Parquet."""
-    if "flow" not in dataset.column_names:  # drawn when looked at: all of one size
+    if "flow" not in dataset.column_names:  # drawn when accessed: all of one size
         row = next(published_rows(dataset, range(1)))
         yield from [sum(len(row[column]["bytes"]) for column in ("image1", "image2", "flow"))] * len(dataset)
         return
@@ -306,12 +306,12 @@ def _row_bytes(dataset: Dataset) -> Iterator[int]:
 
 
 def _file(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's bytes, and of its path the name: folders of this disk are nobody's business."""
+    """A file's bytes, and of its path only the name, as the folders of this disk are private."""
     data = Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"]
     return {"bytes": data, "path": None if stored["path"] is None else PurePath(stored["path"]).name}
 
 
-def _picture(value: PIL.Image.Image | Mapping[str, Any], name: str) -> dict[str, Any]:
+def _image_file(value: PIL.Image.Image | Mapping[str, Any], name: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return _file(value)
     buffer = io.BytesIO()

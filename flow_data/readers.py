@@ -110,7 +110,7 @@ def flying_things(
 def sintel(root: str | os.PathLike[str], split: str, render_pass: str = "clean") -> Dataset:
     """MPI-Sintel (Butler et al. 2012): `training/{clean,final,flow}/SCENE/frame_0001.*`; ids as `alley_1/frame_0001`.
 
-    Two more columns are grey pictures of frame 1's size: `occlusion`, 255 where a pixel is occluded in frame 2, and
+    Two more columns are gray images of frame 1's size: `occlusion`, 255 where a pixel is occluded in frame 2, and
     `invalid`, 255 where the flow is invalid, both else 0. They are not part of `valid`, as RAFT's own evaluation uses
     neither. Null where there is no such file (`training/{occlusions,invalid}/SCENE/frame_0001.png`).
 
@@ -122,27 +122,27 @@ def sintel(root: str | os.PathLike[str], split: str, render_pass: str = "clean")
     validate_choice("sintel", "render_pass", render_pass, PASSES)
     source = f"sintel_{render_pass}"
     part = validate_choice(source, "split", split, {"training": "training", "test": "test", "all": "training"})
-    truth = part == "training"
+    ground_truth = part == "training"
     base = f"{absolute(root)}/{part}"
     frame_root, flow_root = f"{base}/{render_pass}", f"{base}/flow"
     pairs: list[Pair] = []
     masks: dict[str, dict[str, str]] = {"occlusion": {}, "invalid": {}}
-    for scene in listing(frame_root, *([flow_root] if truth else [])):
+    for scene in listing(frame_root, *([flow_root] if ground_truth else [])):
         frames = files(f"{frame_root}/{scene}", r"frame_(\d+)\.png")
-        flows = files(f"{flow_root}/{scene}", r"frame_(\d+)\.flo") if truth else None
+        flows = files(f"{flow_root}/{scene}", r"frame_(\d+)\.flo") if ground_truth else None
         pairs += consecutive_pairs(f"{scene}/frame_", frames, flows)
-        for column, folder in (("occlusion", "occlusions"), ("invalid", "invalid")) if truth else ():
+        for column, folder in (("occlusion", "occlusions"), ("invalid", "invalid")) if ground_truth else ():
             found = files(f"{base}/{folder}/{scene}", r"frame_(\d+)\.png")
             masks[column].update({f"{scene}/frame_{number}": path for number, path in found.items()})
-    start, suffix = (flow_root, "flo") if truth else (frame_root, "png")
+    start, suffix = (flow_root, "flo") if ground_truth else (frame_root, "png")
     layout = f"SCENE/frame_0001.{suffix}, and frame_0001.png and frame_0002.png in {frame_root}/SCENE"
-    return to_dataset(source, pairs, start, layout, truth=truth, features=SINTEL_FEATURES, masks=masks)
+    return to_dataset(source, pairs, start, layout, ground_truth=ground_truth, features=SINTEL_FEATURES, masks=masks)
 
 
 def kitti_2012(root: str | os.PathLike[str], split: str) -> Dataset:
     """KITTI-2012 (Geiger et al. 2012): `training/{image_0,flow_occ}/000010_10.png`, frame 2 `_11`; ids as `000010`.
 
-    `image_0` is grey, as the benchmark is; where only `colored_0` is there, it is taken.
+    `image_0` is gray, as the benchmark is; where only `colored_0` is there, it is taken.
 
     Args:
         root: folder `KITTI2012`.
@@ -166,15 +166,15 @@ def _kitti(source: str, root: str | os.PathLike[str], split: str, cameras: Seque
     part = validate_choice(source, "split", split, {"training": "training", "testing": "testing", "all": "training"})
     base = f"{absolute(root)}/{part}"
     camera = next((camera for camera in cameras if listing(f"{base}/{camera}")), cameras[0])
-    truth = part == "training"
+    ground_truth = part == "training"
     first, second = (files(f"{base}/{camera}", rf"(\d+)_{frame}\.png") for frame in (10, 11))
-    flows = files(f"{base}/flow_occ", r"(\d+)_10\.png") if truth else {}
+    flows = files(f"{base}/flow_occ", r"(\d+)_10\.png") if ground_truth else {}
     pairs = [
         Pair(number, first.get(number), second.get(number), flows.get(number)) for number in {*first, *second, *flows}
     ]
-    start = f"{base}/{'flow_occ' if truth else camera}"
+    start = f"{base}/{'flow_occ' if ground_truth else camera}"
     layout = f"000000_10.png, and 000000_10.png and 000000_11.png in {base}/{camera}"
-    return to_dataset(source, pairs, start, layout, truth=truth)
+    return to_dataset(source, pairs, start, layout, ground_truth=ground_truth)
 
 
 def hd1k(root: str | os.PathLike[str], split: str) -> Dataset:
@@ -231,16 +231,16 @@ def spring(root: str | os.PathLike[str], split: str) -> Dataset:
     """Spring (Mehl et al. 2023), both cameras, forward and backward flow; ids as `0001/FW_left/0001`.
 
     `train/0001/frame_left/frame_left_0001.png`, `train/0001/flow_{FW,BW}_left/flow_{FW,BW}_left_0001.flo5` and so for
-    right. BW is the flow from frame t to t - 1. Truth has twice the frames' height and width, with vectors in pixels
-    of the frames: every second row and column is used, as by the authors' own data loader. Cameras and directions are
-    downloads of their own: what was not downloaded is not asked for.
+    right. BW is the flow from frame t to t - 1. Ground truth has twice the frames' height and width, with vectors in
+    pixels of the frames: every second row and column is used, as by the authors' own data loader. Cameras and
+    directions are separate downloads, each of which is optional.
 
     Args:
         root: folder `Spring`; its `train` and `test` may also lie in a folder `spring` there.
         split: training, test (without ground truth: `flow` is None) or all, which is training.
     """
     part = validate_choice("spring", "split", split, {"training": "train", "test": "test", "all": "train"})
-    truth = part == "train"
+    ground_truth = part == "train"
     outer = absolute(root)
     bases = f"{outer}/{part}", f"{outer}/spring/{part}"
     base = next((base for base in bases if os.path.isdir(base)), bases[0])
@@ -250,11 +250,12 @@ def spring(root: str | os.PathLike[str], split: str) -> Dataset:
             frames = files(f"{base}/{scene}/frame_{camera}", rf"frame_{camera}_(\d+)\.png")
             for direction, step in (("FW", 1), ("BW", -1)):
                 name = f"flow_{direction}_{camera}"
-                flows = files(f"{base}/{scene}/{name}", rf"{name}_(\d+)\.flo5") if truth else None
+                flows = files(f"{base}/{scene}/{name}", rf"{name}_(\d+)\.flo5") if ground_truth else None
                 if flows != {}:
                     pairs += consecutive_pairs(f"{scene}/{direction}_{camera}/", frames, flows, step=step)
-    layout = f"0001/frame_left/frame_left_{{0001,0002}}.png{', 0001/flow_FW_left/flow_FW_left_0001.flo5' * truth}"
-    return to_dataset("spring", pairs, base, layout, truth=truth, features=SPRING_FEATURES)
+    flow_layout = ", 0001/flow_FW_left/flow_FW_left_0001.flo5" if ground_truth else ""
+    layout = f"0001/frame_left/frame_left_{{0001,0002}}.png{flow_layout}"
+    return to_dataset("spring", pairs, base, layout, ground_truth=ground_truth, features=SPRING_FEATURES)
 
 
 def tartanair(root: str | os.PathLike[str], split: str) -> Dataset:

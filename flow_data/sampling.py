@@ -16,9 +16,9 @@ from torch.utils.data import Dataset, Sampler
 from flow_data.features import FlowSample, to_sample
 from flow_data.out_of_memory import is_out_of_memory
 
-MAX_NOISE = 5.0  # sigma of 255 grey levels; princeton-vl/RAFT, train.py, --add_noise
-PIXEL_VALUES = 2 * (np.arange(256, dtype=np.float32) / 255) - 1  # of each grey level, as the model takes it
-# Streams of random numbers that must not repeat each other, told apart by a second word of the seed.
+MAX_NOISE = 5.0  # sigma of 255 gray levels; princeton-vl/RAFT, train.py, --add_noise
+PIXEL_VALUES = 2 * (np.arange(256, dtype=np.float32) / 255) - 1  # of each gray level, as the model takes it
+# Streams of random numbers that must not repeat each other, separated by a second word of the seed.
 ORDER, AUGMENTATION, NOISE_SIGMA, NOISE, REPLACEMENT = range(5)
 MAX_REPLACEMENTS = 100  # bad pairs in a row: then it is not the pairs that are bad
 

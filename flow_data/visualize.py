@@ -1,6 +1,6 @@
-"""Flow as pictures: direction is the hue, length the saturation (Baker et al. 2011, the Middlebury colours).
+"""Visualizations of flow: direction is the hue, length the saturation (Baker et al. 2011, the Middlebury colors).
 
-Pictures are `(h, w, 3)` uint8, RGB, on white. Text is drawn by OpenCV, whose letters are ASCII.
+They are `(h, w, 3)` uint8, RGB, on white. Text is drawn by OpenCV, whose letters are ASCII.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import flow_to_image
 
-GAP = 4  # white pixels between the parts of a picture
+GAP = 4  # white pixels between the parts of an image
 WHEEL_SIZE = 64  # pixels; of a legend whose text is 9 pixels high
 SUPERSAMPLING = 4  # the wheel's rim is smooth
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -20,12 +20,12 @@ FONT_SIZE = 0.4
 
 
 def draw_flow(flow: Tensor, max_length: float | None = None) -> np.ndarray:
-    """Colours of one or several flows, on one scale.
+    """Colors of one or several flows, on one scale.
 
     Args:
         flow: `(2, H, W)` or `(B, 2, H, W)`, pixels, on any device. What is not finite is white, as unknown flow is.
-        max_length: pixels; vectors of this length, and longer ones, are fully saturated. Give the pictures of a video
-            the same, or their colours cannot be compared. None: the longest finite vector of them all.
+        max_length: pixels; vectors of this length, and longer ones, are fully saturated. Give the frames of a video
+            the same, or their colors cannot be compared. None: the longest finite vector of them all.
 
     Returns:
         `(H, W, 3)` or `(B, H, W, 3)` uint8, RGB.
@@ -52,16 +52,16 @@ def longest_vector(flow: Tensor) -> float:
     return _longest(torch.linalg.vector_norm(flow.detach().float(), dim=-3))
 
 
-def mask_invalid(picture: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """A picture of flow with white where the flow is unknown; `(H, W, 3)` uint8 and `(H, W)` bool."""
-    return np.where(valid[..., None], picture, 255).astype(np.uint8)
+def mask_invalid(image: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Paint a visualization `(H, W, 3)` uint8 white where `valid` `(H, W)` bool is False."""
+    return np.where(valid[..., None], image, 255).astype(np.uint8)
 
 
 def draw_wheel(size: int) -> np.ndarray:
-    """The colours of all directions: where a vector from the centre ends, there is its colour.
+    """The color wheel: each pixel has the color of the vector from the center to it.
 
     Args:
-        size: of the picture in pixels. Full saturation is at the rim.
+        size: of the image in pixels. Full saturation is at the rim.
 
     Returns:
         `(size, size, 3)` uint8; white outside of the wheel.
@@ -74,7 +74,7 @@ def draw_wheel(size: int) -> np.ndarray:
 
 
 def draw_legend(max_length: float, scale: float = 1) -> np.ndarray:
-    """The colour wheel with right, down, and the length at its rim.
+    """The color wheel with right, down, and the length at its rim.
 
     Args:
         max_length: pixels, as given to `draw_flow`.
@@ -108,9 +108,9 @@ def draw_text(text: str, scale: float = 1) -> np.ndarray:
     width = cv2.getTextSize(text, FONT, FONT_SIZE * scale, stroke)[0][0]
     (_, ascent), descent = cv2.getTextSize("Ag", FONT, FONT_SIZE * scale, stroke)
     margin = stroke + 2  # for what the smooth outline adds
-    picture = np.full((ascent + descent + 2 * margin, width + 2 * margin, 3), 255, np.uint8)
+    image = np.full((ascent + descent + 2 * margin, width + 2 * margin, 3), 255, np.uint8)
     origin = (margin, margin + ascent)
-    return cv2.putText(picture, text, origin, FONT, FONT_SIZE * scale, (0, 0, 0), stroke, cv2.LINE_AA)
+    return cv2.putText(image, text, origin, FONT, FONT_SIZE * scale, (0, 0, 0), stroke, cv2.LINE_AA)
 
 
 def pixel_text(value: float) -> str:
@@ -118,21 +118,21 @@ def pixel_text(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def pad_picture(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """White below and on the right of a picture, up to a size."""
-    missing = (max(height - picture.shape[0], 0), max(width - picture.shape[1], 0))
-    return np.pad(picture, ((0, missing[0]), (0, missing[1]), (0, 0)), constant_values=255)
+def pad_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """White below and on the right of an image, up to a size."""
+    missing = (max(height - image.shape[0], 0), max(width - image.shape[1], 0))
+    return np.pad(image, ((0, missing[0]), (0, missing[1]), (0, 0)), constant_values=255)
 
 
-def join_row(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures of one height side by side, `(H, W, 3)` uint8 each."""
-    return _join(pictures, axis=1)
+def join_row(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one height side by side, `(H, W, 3)` uint8 each."""
+    return _join(images, axis=1)
 
 
-def stack_rows(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures below each other; narrower ones are padded with white on the right."""
-    width = max(picture.shape[1] for picture in pictures)
-    return _join([pad_picture(picture, 0, width) for picture in pictures], axis=0)
+def stack_rows(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images below each other; narrower ones are padded with white on the right."""
+    width = max(image.shape[1] for image in images)
+    return _join([pad_image(image, 0, width) for image in images], axis=0)
 
 
 def _longest(length: Tensor) -> float:
@@ -144,13 +144,13 @@ def _check_length(max_length: float) -> None:
         raise ValueError(f"max_length must be a positive number of pixels; got {max_length}")
 
 
-def _paste(canvas: np.ndarray, picture: np.ndarray, top: int, left: int) -> None:
-    canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+def _paste(canvas: np.ndarray, image: np.ndarray, top: int, left: int) -> None:
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
 
 
-def _join(pictures: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    shape = list(pictures[0].shape)
+def _join(images: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    shape = list(images[0].shape)
     shape[axis] = GAP
     gap = np.full(shape, 255, dtype=np.uint8)
-    parts = [part for picture in pictures for part in (picture, gap)][:-1]
+    parts = [part for image in images for part in (image, gap)][:-1]
     return np.concatenate(parts, axis=axis)

@@ -14,7 +14,7 @@ from flow_data.visualize import (
     join_row,
     longest_vector,
     mask_invalid,
-    pad_picture,
+    pad_image,
     pixel_text,
     stack_rows,
 )
@@ -84,10 +84,10 @@ def compare(
 
     wheel, greys = draw_legend(max_length, scale), draw_error_legend(white_error, scale)
     height = max(len(wheel), len(greys))
-    below_truth = pad_picture(wheel, height, sum(column.shape[1] + GAP for column in columns[1:3]) - GAP)
+    below_truth = pad_image(wheel, height, sum(column.shape[1] + GAP for column in columns[1:3]) - GAP)
     left = np.full((height, columns[0].shape[1], 3), 255, np.uint8)
-    strip = join_row([left, below_truth, pad_picture(greys, height, 0)])
-    return stack_rows([pad_picture(row, 0, strip.shape[1]), strip])
+    strip = join_row([left, below_truth, pad_image(greys, height, 0)])
+    return stack_rows([pad_image(row, 0, strip.shape[1]), strip])
 
 
 def common_length(flow_gt: np.ndarray, valid: np.ndarray, flow_pred: Tensor) -> float:

@@ -12,13 +12,13 @@ SIZE = 3, 4  # h, w
 
 
 def write_frame(path: Path, mark: int, mode: str = "RGB") -> None:
-    """A frame of one grey value, by which it is known again."""
+    """A frame of one gray value, by which it is identified."""
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.new("L", SIZE[::-1], mark).convert(mode).save(path, lossless=True)
 
 
 def write_mark(path: Path, mark: int) -> None:
-    """A flow of one value, likewise."""
+    """A flow of one value, by which it is identified."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_flow(path, np.full((*SIZE, 2), mark, np.float32))
 
@@ -48,7 +48,7 @@ def make_things(root: Path, suffix: str = "png") -> None:
 
 
 def write_mask(path: Path, mark: int) -> None:
-    """A grey mask of 0, with 255 at one pixel by which it is known again."""
+    """A gray mask of 0, with 255 at one pixel by which it is identified."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mask = np.zeros(SIZE, np.uint8)
     mask.flat[mark] = 255
@@ -106,7 +106,7 @@ def make_middlebury(root: Path) -> None:
 def make_spring(root: Path) -> None:
     """Frames 1 to 3 of two scenes, marks 1 to 3 and 11 to 13; the right camera's are 20 higher, backward is negative.
 
-    Truth is twice as fine; only every second value is the mark.
+    Ground truth is twice as fine; only every second value is the mark.
     """
     for part, scenes in (("train", ("0001", "0012")), ("test", ("0003",))):
         for scene in scenes:

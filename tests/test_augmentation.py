@@ -64,7 +64,7 @@ def assert_same(sample: FlowSample, other: FlowSample) -> None:
 
 
 def warp_error(sample: FlowSample) -> np.ndarray:
-    """|frame 2 warped by the flow - frame 1| in grey levels, at valid pixels that stay in the frame."""
+    """|frame 2 warped by the flow - frame 1| in gray levels, at valid pixels that stay in the frame."""
     height, width = sample.valid.shape
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     target = np.stack([x, y], axis=-1).astype(np.float32) + sample.flow
@@ -121,7 +121,7 @@ def test_two_flips_are_the_identity(size, flips):
 )
 @example((30, 40), (31, 41), 0.9, (False, False), (0.0, 0.0), (0.4, 0.4), True)  # cv2.resize copies such a small part
 def test_a_crop_is_that_of_the_whole_frames(old, new, density, flips, corner, share, patches):
-    """But for colours, resizing only what the crop shows is the same as resizing everything and then cropping."""
+    """But for colors, resizing only what the crop shows is the same as resizing everything and then cropping."""
     sample = random_sample(old, density=density)
     crop_size = tuple(1 + int(part * (side - 1)) for part, side in zip(share, new, strict=True))
     offset = tuple(
@@ -199,7 +199,7 @@ def test_sparse_ground_truth_is_never_interpolated(size, new, seed):
     assert (resized.flow[~resized.valid] == 0).all()
 
 
-def test_sparse_pixels_move_to_where_their_centres_lie():
+def test_sparse_pixels_move_to_where_their_centers_lie():
     """Worked out by hand. Nothing falls off the frame; of several in one place the last in reading order stays."""
     flow = np.stack(np.meshgrid(np.arange(6), np.arange(6)), axis=-1).astype(np.float32)  # each vector its own place
     full = random_sample((6, 6))._replace(flow=flow)
@@ -227,7 +227,7 @@ def test_sparse_flow_stays_on_what_it_was_measured_on(factor):
     inner[:, :factor] = inner[:, -factor:] = False  # beyond the border the ramp is flat
     came_from = resized.flow[inner][:, 0] / factor
     off = factor * np.abs(resized.image1[inner][:, 0] / 5 - came_from)  # pixels of the resized frame
-    assert off.max() <= (0.5 if factor % 2 == 0 else 0) + factor * 0.5 / 5  # grey levels are rounded
+    assert off.max() <= (0.5 if factor % 2 == 0 else 0) + factor * 0.5 / 5  # gray levels are rounded
 
 
 def test_limit_flow_hides_what_is_too_large_or_unknown():
@@ -446,8 +446,8 @@ def test_frames_share_their_colors_or_not():
 
 
 def test_contrast_is_relative_to_the_mean_of_what_is_adjusted():
-    grey = np.full((4, 4, 3), 100, np.uint8)
-    sample = FlowSample(grey, grey + 100, np.zeros((4, 4, 2), np.float32), np.ones((4, 4), bool))
+    gray = np.full((4, 4, 3), 100, np.uint8)
+    sample = FlowSample(gray, gray + 100, np.zeros((4, 4, 2), np.float32), np.ones((4, 4), bool))
     half = [("contrast", 0.5)]
     for crop_size in [(4, 4), (1, 2)]:
         shared = apply_dense(sample, nothing_but(sample, colors=(half,), crop_size=crop_size))
@@ -456,7 +456,7 @@ def test_contrast_is_relative_to_the_mean_of_what_is_adjusted():
         assert (separate.image1 == 100).all() and (separate.image2 == 200).all()
 
 
-# ---- colours ----
+# ---- colors ----
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_the_probe_stands_for_the_frame(seed):
 @pytest.mark.parametrize("apply", APPLIERS)
 @pytest.mark.parametrize("seed", range(6))
 def test_augmented_samples_are_those_of_the_plain_way(apply, seed):
-    """Parameters of the recipe, all at once: flow and valid to the bit, colours but for four roundings."""
+    """Parameters of the recipe, all at once: flow and valid to the bit, colors but for four roundings."""
     pair = render_pair(SyntheticOptions(image_size=(200, 260)), seed=seed, index=1).sample
     draw = draw_sparse if apply is apply_sparse else draw_dense
     for number in range(6):

@@ -21,8 +21,8 @@ KNOWN = np.where(VALID[..., None], FLOW, 0)
 def write_pair(folder: Path, suffix: str = ".flo") -> dict[str, str]:
     """A row of paths: red frame 1, blue frame 2, and their flow."""
     folder.mkdir(exist_ok=True)
-    for name, colour in (("1", (255, 0, 0)), ("2", (0, 0, 255))):
-        PIL.Image.new("RGB", (4, 3), colour).save(folder / f"{name}.png")
+    for name, color in (("1", (255, 0, 0)), ("2", (0, 0, 255))):
+        PIL.Image.new("RGB", (4, 3), color).save(folder / f"{name}.png")
     write_flow(folder / f"flow{suffix}", FLOW, VALID)
     names = {"image1": "1.png", "image2": "2.png", "flow": f"flow{suffix}"}
     return {"id": folder.name, **{column: str(folder / name) for column, name in names.items()}}
@@ -300,7 +300,7 @@ def row_of(image1, image2=None, flow=FLOW):
     return {"id": "alley_1/frame_0001", "image1": image1, "image2": image2, "flow": {"flow": flow, "valid": VALID}}
 
 
-def test_grey_is_repeated_and_alpha_dropped():
+def test_gray_is_repeated_and_alpha_dropped():
     sample = to_sample(row_of(PIL.Image.new("L", (4, 3), 7), PIL.Image.new("RGBA", (4, 3), (1, 2, 3, 0))))
     np.testing.assert_array_equal(sample.image1, np.full((3, 4, 3), 7))
     np.testing.assert_array_equal(sample.image2, np.full((3, 4, 3), [1, 2, 3]))

@@ -375,14 +375,14 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, rows: bytes, depth: int = 16, colour: int = 2, interlace: int = 0) -> bytes:
-    return compressed_png(width, height, zlib.compress(rows), depth, colour, interlace)
+def png(width: int, height: int, rows: bytes, depth: int = 16, color: int = 2, interlace: int = 0) -> bytes:
+    return compressed_png(width, height, zlib.compress(rows), depth, color, interlace)
 
 
 def compressed_png(
-    width: int, height: int, stream: bytes, depth: int = 16, colour: int = 2, interlace: int = 0
+    width: int, height: int, stream: bytes, depth: int = 16, color: int = 2, interlace: int = 0
 ) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", stream) + chunk(b"IEND", b"")
 
 
@@ -517,8 +517,8 @@ NPY_2X3 = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 2), }\n"
         (".png", png(2**31, 2**31, b"\0"), "2147483648"),
         (".png", png(8000, 8000, b"\0"), "truncated"),
         (".png", png(7, 5, bytes(5 * 22), depth=8), "8-bit RGB"),
-        (".png", png(7, 5, bytes(5 * 15), colour=0), "16-bit grey"),
-        (".png", png(7, 5, bytes(5 * 57), colour=6), "16-bit RGBA"),
+        (".png", png(7, 5, bytes(5 * 15), color=0), "16-bit gray"),
+        (".png", png(7, 5, bytes(5 * 57), color=6), "16-bit RGBA"),
         (".png", png(7, 5, bytes(5 * 43), interlace=1), "interlac"),
         (".flo5", FLO5[:-1], "truncated"),
         (".flo5", FLO5[:30], "truncated"),

@@ -150,7 +150,7 @@ def test_an_upload_that_breaks_off_goes_on(hub, tmp_path, root):
     hub.error_status = fail_second_upload
     result = publish(hub, tmp_path, "pairs", root, "--max_shard_bytes", "200000")
     assert result.returncode == 1
-    assert "run it again to go on" in result.stderr and "Traceback" not in result.stderr
+    assert "run it again to resume" in result.stderr and "Traceback" not in result.stderr
     assert "README.md" not in files_of(hub)  # nothing half is shown
     hub.error_status = lambda request: None
     hub.requests.clear()

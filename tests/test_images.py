@@ -73,16 +73,16 @@ SIDEWAYS[0x112] = 6  # orientation: turn by 90 degrees
 LOSSLESS = {
     "RGB": encoded(RGB),
     "interlaced": interlaced(COLOR[..., :3]),
-    "grey": encoded(RGB.convert("L")),
+    "gray": encoded(RGB.convert("L")),
     "RGBA": encoded(RGBA),
-    "grey and alpha": encoded(RGBA.convert("LA")),
+    "gray and alpha": encoded(RGBA.convert("LA")),
     "palette": encoded(RGB.convert("P")),
     "palette of 4": encoded(RGB.quantize(4), bits=2),
     "transparent palette": encoded(RGB.quantize(16), transparency=bytes([0, 100] * 8)),
-    "transparent colour": encoded(RGB, transparency=(1, 2, 3)),
+    "transparent color": encoded(RGB, transparency=(1, 2, 3)),
     "turned": encoded(RGB, exif=SIDEWAYS),
     "gamma": png(ROWS, extra=chunk(b"gAMA", struct.pack(">I", 22000))),
-    "grey in 2 bits": png(b"".join(b"\0" + bytes(range(row, row + 14)) for row in range(HEIGHT)), depth=2, color=0),
+    "gray in 2 bits": png(b"".join(b"\0" + bytes(range(row, row + 14)) for row in range(HEIGHT)), depth=2, color=0),
     "PPM": encoded(RGB, "PPM"),
     "PPM, other spaces": b"P6 \n%d %d \n255\n" % (WIDTH, HEIGHT) + RGB.tobytes(),
     "PPM, a comment": b"P6\n# so it is\n%d %d\n255\n" % (WIDTH, HEIGHT) + RGB.tobytes(),
@@ -156,7 +156,7 @@ def assert_refused(data: bytes) -> None:
         read_rgb(stored(data, "frame_0001.png"), "pair 7: image1")
 
 
-@pytest.mark.parametrize("kind", ["RGB", "grey", "RGBA", "palette", "PPM", "PGM"])
+@pytest.mark.parametrize("kind", ["RGB", "gray", "RGBA", "palette", "PPM", "PGM"])
 def test_truncated_files_are_refused(kind):
     data = LOSSLESS[kind]
     end = len(data) - len(IEND) if data.startswith(b"\x89PNG") else len(data)  # of the pixel data
@@ -368,12 +368,12 @@ def test_truncated_pillow_images_are_refused():
 # ---- data sets ----
 
 
-def test_undecoded_rows_make_the_same_samples(tmp_path):
+def test_decoding_disabled_rows_make_the_same_samples(tmp_path):
     flow = np.ones((HEIGHT, WIDTH, 2), np.float32)
     row = {
         "id": "7",
         "image1": stored(LOSSLESS["RGB"], "a.png"),
-        "image2": stored(LOSSLESS["grey"], "b.png"),
+        "image2": stored(LOSSLESS["gray"], "b.png"),
         "flow": (flow, None),
         "valid": None,
         "note": "of no use",
@@ -392,7 +392,7 @@ def test_undecoded_rows_make_the_same_samples(tmp_path):
             np.testing.assert_array_equal(array, expected)
 
 
-def test_undecoded_leaves_drawn_rows_alone():
+def test_decoding_disabled_leaves_drawn_rows_alone():
     rows = synthetic(SyntheticOptions(image_size=(32, 48)), num_pairs=2)
     assert disable_image_decoding(rows) is rows
     assert to_sample(rows[1]).image1.shape == (32, 48, 3)

@@ -24,7 +24,7 @@ def npy(array) -> bytes:
     return buffer.getvalue()
 
 
-def picture(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:
+def encoded(image: PIL.Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -34,8 +34,8 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, rows: bytes, depth: int = 8, colour: int = 0, interlace: int = 0) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+def png(width: int, height: int, rows: bytes, depth: int = 8, color: int = 0, interlace: int = 0) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -63,24 +63,24 @@ def test_npy(dtype, mask):
 
 @given(MASKS)
 def test_one_bit(mask):
-    np.testing.assert_array_equal(decode_mask(picture(PIL.Image.fromarray(mask)), "a.png"), mask)
+    np.testing.assert_array_equal(decode_mask(encoded(PIL.Image.fromarray(mask)), "a.png"), mask)
 
 
 @given(hnp.arrays(np.uint8, (4, 5)))
-def test_grey_and_palette_are_true_where_not_0(values):
-    grey = PIL.Image.fromarray(values)
-    np.testing.assert_array_equal(decode_mask(picture(grey), "a.png"), values != 0)
+def test_gray_and_palette_are_true_where_not_0(values):
+    gray = PIL.Image.fromarray(values)
+    np.testing.assert_array_equal(decode_mask(encoded(gray), "a.png"), values != 0)
     indices = PIL.Image.fromarray(values)
-    indices.putpalette([255, 255, 255] + [0, 0, 0] * 255)  # the index counts, not the colour
+    indices.putpalette([255, 255, 255] + [0, 0, 0] * 255)  # the index counts, not the color
     assert indices.mode == "P"
-    np.testing.assert_array_equal(decode_mask(picture(indices), "a.png"), values != 0)
+    np.testing.assert_array_equal(decode_mask(encoded(indices), "a.png"), values != 0)
 
 
-@pytest.mark.parametrize("colour", [0, 3])
+@pytest.mark.parametrize("color", [0, 3])
 @pytest.mark.parametrize(("depth", "row"), [(1, b"\x60"), (2, b"\x1c"), (4, b"\x01\xf0"), (8, b"\x00\x01\x80\x00")])
-def test_few_bits(depth, row, colour):
+def test_few_bits(depth, row, color):
     expected = [[False, True, True, False]]
-    np.testing.assert_array_equal(decode_mask(png(4, 1, b"\0" + row, depth, colour), "a.png"), expected)
+    np.testing.assert_array_equal(decode_mask(png(4, 1, b"\0" + row, depth, color), "a.png"), expected)
 
 
 def test_16_bits():
@@ -104,9 +104,9 @@ RGB = PIL.Image.fromarray(np.zeros((4, 5, 3), np.uint8))
     [
         ("a.png", b"", "not a PNG"),
         ("a.png", NPY, "not a PNG"),
-        ("a.jpg", picture(RGB.convert("L"), "JPEG"), "not a PNG"),
-        ("a.png", picture(RGB), "8-bit RGB"),
-        ("a.png", picture(RGB.convert("LA")), "grey and alpha"),
+        ("a.jpg", encoded(RGB.convert("L"), "JPEG"), "not a PNG"),
+        ("a.png", encoded(RGB), "8-bit RGB"),
+        ("a.png", encoded(RGB.convert("LA")), "gray and alpha"),
         ("a.png", PNG[:-13], "truncated"),
         ("a.png", PNG[:8], "truncated"),
         ("a.png", PNG[:45] + bytes([PNG[45] ^ 1]) + PNG[46:], "checksum"),

@@ -18,7 +18,7 @@ SIZE = 3, 4  # h, w
 
 
 def write_pair(folder: Path, mark: int, names=("{}_img1.png", "{}_img2.png", "{}_flow.flo", "{}_valid.png")) -> None:
-    """Frames of one grey value, mark and mark + 100, a flow of the mark, and a mask without the mark's pixel."""
+    """Frames of one gray value, mark and mark + 100, a flow of the mark, and a mask without the mark's pixel."""
     image1, image2, flow, valid = (folder / name.format(mark) for name in names)
     for path, value in ((image1, mark), (image2, mark + 100)):
         path.parent.mkdir(parents=True, exist_ok=True)

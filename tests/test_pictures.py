@@ -1,4 +1,4 @@
-"""Flow as colours, and a prediction beside the truth."""
+"""Flow as colors, and a prediction beside the truth."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def some_flow(*shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 15, 20), (3, 2, 15, 20)])
-def test_colours_are_torchvisions(shape):
+def test_colors_are_torchvisions(shape):
     """Up to rounding: lengths are divided by the longest here, and by it and a little more there."""
     flow = some_flow(*shape)
     oracle = flow_to_image(flow).movedim(-3, -1).numpy()
@@ -40,7 +40,7 @@ def test_colours_are_torchvisions(shape):
     assert np.abs(draw_flow(flow).astype(int) - oracle).max() <= 1
 
 
-def test_directions_have_their_colours():
+def test_directions_have_their_colors():
     """Right is red, left is its complement; standing still is white."""
     right, left, still = (draw_flow(torch.tensor([[[u, 9.0]], [[0.0, 0.0]]]))[0, 0] for u in (9.0, -9.0, 0.0))
     assert right[0] > 200 and right[1:].max() < 100
@@ -77,7 +77,7 @@ def test_what_is_not_finite_is_white_and_no_measure():
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e15])
-def test_tiny_and_huge_flow_has_colours(size):
+def test_tiny_and_huge_flow_has_colors(size):
     flow = some_flow(2, 15, 20)
     assert np.abs(draw_flow(size * flow).astype(int) - draw_flow(flow)).max() <= 1
 
@@ -94,10 +94,10 @@ def test_bad_lengths_are_named(value):
             draw(value)
 
 
-def test_the_wheel_has_the_colours_of_flow():
-    """At a place of the wheel is the colour of the vector from its centre to there; outside it is white.
+def test_the_wheel_has_the_colors_of_flow():
+    """At a place of the wheel is the color of the vector from its center to there; outside it is white.
 
-    Not exactly to the right: torchvision's circle of colours has its seam there.
+    Not exactly to the right: torchvision's circle of colors has its seam there.
     """
     wheel = draw_wheel(101)
     assert wheel.shape == (101, 101, 3)
@@ -147,7 +147,7 @@ def test_comparison_has_one_scale_and_tells_the_unknown_apart():
     same = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 4.0))
     true_part, predicted, error = same[:, 12:20], same[:, 24:32], same[:, 36:44]
     assert (true_part[0] == 255).all() and np.array_equal(true_part[1:], predicted[1:]) and (error[1:] == 0).all()
-    assert (error[0] == UNKNOWN_ERROR).all() and len(set(UNKNOWN_ERROR)) == 3  # errors are grey
+    assert (error[0] == UNKNOWN_ERROR).all() and len(set(UNKNOWN_ERROR)) == 3  # errors are gray
     half = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 2.0))
     assert not np.array_equal(half[1:, 12:20], half[1:, 24:32])  # half as long is half as saturated
     assert (half[1:, 36:44] == int(255 * 2 * 2**0.5 / 3)).all()
@@ -186,11 +186,11 @@ def test_compare_is_the_comparison_with_titles_and_legends(height, width):
         text = draw_text(title, scale)
         assert np.array_equal(picture[: len(text), lefts[-1] : lefts[-1] + text.shape[1]], text)
         lefts.append(lefts[-1] + max(width, text.shape[1]) + GAP)
-    wheel, greys = draw_legend(common_length(*pair[1:]), scale), draw_error_legend(2, scale)
+    wheel, grays = draw_legend(common_length(*pair[1:]), scale), draw_error_legend(2, scale)
     below = picture[top + height + GAP :]
     assert np.array_equal(below[: len(wheel), lefts[1] : lefts[1] + wheel.shape[1]], wheel)
     left = max(lefts[3], lefts[1] + wheel.shape[1] + GAP)
-    assert np.array_equal(below[: len(greys), left : left + greys.shape[1]], greys)
+    assert np.array_equal(below[: len(grays), left : left + grays.shape[1]], grays)
 
 
 def test_sizes_that_differ_and_bad_scales_are_named():

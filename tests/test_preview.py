@@ -61,7 +61,7 @@ def test_prints_figures_and_draws_a_sheet(root, tmp_path, capsys):
     sheet = tmp_path / "sheets" / "a.png"
     main(["pairs", "--data_dir", str(root), "--output", str(sheet), "--crop_size", "32", "40", "--num_pairs", "2"])
     printed = capsys.readouterr().out
-    assert "pairs, split training: 3 pairs; figures of all of them" in printed
+    assert "pairs, split training: 3 pairs; statistics of all of them" in printed
     assert "48 x 64 (2), 40 x 72 (1)" in printed and "max 99.00" in printed and "valid         91.5 %" in printed
     picture = np.array(PIL.Image.open(sheet))
     cell_widths = [round(64 * CELL_HEIGHT / 48)] * 3 + [CELL_HEIGHT * 40 // 32] * 3 * DRAWS
@@ -73,7 +73,7 @@ def test_prints_figures_and_draws_a_sheet(root, tmp_path, capsys):
 
 def test_figures_of_a_part_say_so(root, tmp_path, capsys):
     main(["pairs", "--data_dir", str(root), "--output", str(tmp_path / "a.png"), "--max_pairs", "2"])
-    assert "3 pairs; figures of 2 of them" in capsys.readouterr().out
+    assert "3 pairs; statistics of 2 of them" in capsys.readouterr().out
 
 
 def test_synthetic_pairs_are_drawn_with_the_options_of_training(tmp_path, capsys):

@@ -99,7 +99,7 @@ def test_pixels_are_scaled_as_the_model_wants_them():
     assert sample["labels"].shape == (2, 8, 16) and sample["valid"].dtype == torch.bool
 
 
-def test_pixel_values_of_every_grey_level_and_place():
+def test_pixel_values_of_every_gray_level_and_place():
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (2, 16, 48, 3), dtype=np.uint8)
     frames[0, ..., 1] = np.arange(768).reshape(16, 48) % 256
@@ -173,23 +173,23 @@ def test_noise_is_clamped():
 
 
 def test_a_bad_pair_is_told_or_replaced_the_same_everywhere():
-    class Spoilt(Rows):
+    class Damaged(Rows):
         def __getitem__(self, i):
             if i == 1:
                 raise ValueError("row 1 is bad")
             return super().__getitem__(i)
 
     def pairs(skip_bad: bool) -> TrainingPairs:
-        return TrainingPairs([MixSource("a", Spoilt(4, 0), 1, unchanged)], seed=3, skip_bad=skip_bad)
+        return TrainingPairs([MixSource("a", Damaged(4, 0), 1, unchanged)], seed=3, skip_bad=skip_bad)
 
     with pytest.raises(SampleError, match="^a: row 1 is bad$"):
         pairs(False)[(5, 1)]
     assert pairs(False)[(5, 2)]["replaced"] == ""
     sample, again = pairs(True)[(5, 1)], pairs(True)[(5, 1)]
     assert sample["replaced"] == "a: row 1 is bad" and sample["id"] == again["id"] != "a/1"
-    assert len({pairs(True)[(number, 1)]["id"] for number in range(40)}) == 3  # not always the same neighbour
+    assert len({pairs(True)[(number, 1)]["id"] for number in range(40)}) == 3  # not always the same neighbor
     only_bad = TrainingPairs([MixSource("b", [None], 1, unchanged)], seed=3, skip_bad=True)
-    only_bad._load = lambda number, position: Spoilt(4, 0)[1]
+    only_bad._load = lambda number, position: Damaged(4, 0)[1]
     with pytest.raises(SampleError, match="^b: row 1 is bad; 100 others that were tried cannot be read either"):
         only_bad[(5, 0)]
 

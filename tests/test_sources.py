@@ -185,7 +185,7 @@ def test_frames_of_things_may_be_webp(tmp_path, caplog):
     assert "left out" not in caplog.text
 
 
-def test_kitti_2012_in_colour_only(tmp_path):
+def test_kitti_2012_in_color_only(tmp_path):
     make_kitti(tmp_path, "colored_0")
     assert marks(load_source("kitti_2012", tmp_path)) == KITTI
     assert marks(load_source("kitti_2012", tmp_path, "testing")) == without_flow(KITTI)

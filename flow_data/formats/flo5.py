@@ -95,8 +95,8 @@ def _check_superblock(data: bytes, name: str) -> None:
         raise ValueError(f"{name}: damaged HDF5 superblock: {data[:48]!r}")
     length = int.from_bytes(data[end : end + 8], "little")
     if length != len(data):
-        fault = "truncated" if len(data) < length else "too long"
-        raise ValueError(f"{name}: {fault}: its HDF5 superblock states {length} bytes, the file holds {len(data)}")
+        problem = "truncated" if len(data) < length else "too long"
+        raise ValueError(f"{name}: {problem}: its HDF5 superblock states {length} bytes, the file holds {len(data)}")
 
 
 def _locate(file: h5py.File) -> _Storage:

@@ -29,7 +29,7 @@ def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     png = read_png(data, name)
     header = png.header
-    if (header.depth, header.colour) != (16, PNG_RGB):
+    if (header.depth, header.color) != (16, PNG_RGB):
         raise ValueError(f"{name}: not a flow: it must be a 16-bit RGB PNG; got a {header}")
     if header.interlace:
         raise ValueError(f"{name}: not a flow: a PNG must not be interlaced; got an interlaced one")

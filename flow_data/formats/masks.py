@@ -1,4 +1,4 @@
-"""Masks of pixels as files: grey PNG of any depth, and NumPy arrays.
+"""Masks of pixels as files: gray PNG of any depth, and NumPy arrays.
 
 A mask is `(H, W)` bool. In a file, a pixel is True where it is not 0.
 """
@@ -9,16 +9,16 @@ import cv2
 import numpy as np
 
 from flow_data.formats.numpy_files import decode_npy
-from flow_data.formats.png import PNG_GREY, PNG_PALETTE, plain_png, read_png
+from flow_data.formats.png import PNG_GRAY, PNG_PALETTE, plain_png, read_png
 
 
 def decode_mask(data: bytes, name: str) -> np.ndarray:
     """Decode the content of a mask file.
 
     Args:
-        data: the whole file: `.npy` (bool or integers) or, whatever its suffix, a PNG, grey or of palette indices (the
-            index counts, not its colour).
-        name: file name or path; begins the messages of errors.
+        data: the whole file: `.npy` (bool or integers) or, whatever its suffix, a PNG, gray or of palette indices (the
+            index counts, not its color).
+        name: file name or path; it begins the messages of errors.
 
     Returns:
         `(H, W)` bool, True where the file is not 0.
@@ -33,11 +33,11 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
         return values != 0
     png = read_png(data, name)
     header = png.header
-    if header.colour not in (PNG_GREY, PNG_PALETTE):
+    if header.color not in (PNG_GRAY, PNG_PALETTE):
         raise ValueError(f"{name}: not a mask: a PNG must be gray; got a {header}")
     if header.interlace:
         raise ValueError(f"{name}: not a mask: a PNG must not be interlaced; got an interlaced one")
-    indices = png._replace(header=header._replace(colour=PNG_GREY), palette=b"")
+    indices = png._replace(header=header._replace(color=PNG_GRAY), palette=b"")
     pixels = cv2.imdecode(np.frombuffer(plain_png(indices, name), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.shape != (header.height, header.width):
         raise ValueError(f"{name}: damaged PNG: it must decode as a {header} of {header.width} x {header.height}")
@@ -45,7 +45,7 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """Encode `(H, W)` bool as an 8-bit grey PNG of 0 and 255.
+    """Encode `(H, W)` bool as an 8-bit gray PNG of 0 and 255.
 
     Raises:
         ValueError: another type or shape.

@@ -73,7 +73,7 @@ def decode_npz(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Decode a flow in a `.npz` file, as `np.savez` and `np.savez_compressed` write it.
 
     Args:
-        data: the whole file, with an array "flow" and perhaps "valid". Other arrays are not looked at.
+        data: the whole file, with an array "flow" and perhaps "valid". Other arrays are ignored.
         name: begins the messages of errors.
 
     Returns:

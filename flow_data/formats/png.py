@@ -13,8 +13,8 @@ from typing import NamedTuple
 from flow_data.formats.limits import DEFLATE_MAX_RATIO, check_size, inflate
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_GREY, PNG_RGB, PNG_PALETTE = 0, 2, 3
-COLOUR_TYPES = {0: ("grey", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("grey and alpha", 2), 6: ("RGBA", 4)}
+PNG_GRAY, PNG_RGB, PNG_PALETTE = 0, 2, 3
+COLOR_TYPES = {0: ("gray", 1), 2: ("RGB", 3), 3: ("palette", 1), 4: ("gray and alpha", 2), 6: ("RGBA", 4)}
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 # passes of an interlaced image: first row, first column, step of rows, step of columns
 
@@ -25,13 +25,13 @@ class PngHeader(NamedTuple):
     width: int
     height: int
     depth: int
-    colour: int
+    color: int
     compression: int
     filtering: int
     interlace: int
 
     def __str__(self) -> str:
-        kind = COLOUR_TYPES[self.colour][0] if self.colour in COLOUR_TYPES else f"colour type {self.colour}"
+        kind = COLOR_TYPES[self.color][0] if self.color in COLOR_TYPES else f"color type {self.color}"
         return f"{self.depth}-bit {kind} PNG"
 
 
@@ -117,7 +117,7 @@ def plain_png(png: Png, name: str) -> bytes:
         ValueError: damaged, truncated, or too long.
     """
     header = png.header
-    known = header.colour in COLOUR_TYPES and header.depth in (1, 2, 4, 8, 16) and header.interlace in (0, 1)
+    known = header.color in COLOR_TYPES and header.depth in (1, 2, 4, 8, 16) and header.interlace in (0, 1)
     if not known or header.compression or header.filtering:
         raise ValueError(f"{name}: damaged PNG: the header states an unknown kind, a {header}")
     size = sum(rows * stride for rows, stride in _passes(header))
@@ -141,7 +141,7 @@ def _passes(header: PngHeader) -> list[tuple[int, int]]:
     sizes = [
         (-((top - header.height) // down), -((left - header.width) // right)) for top, left, down, right in passes
     ]
-    bits = header.depth * COLOUR_TYPES[header.colour][1]
+    bits = header.depth * COLOR_TYPES[header.color][1]
     return [(rows, 1 + (columns * bits + 7) // 8) for rows, columns in sizes if rows > 0 and columns > 0]
 
 
