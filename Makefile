@@ -24,7 +24,7 @@ test-hf: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/transformers_own -rs
 
 # Every figure of the README's tables and of docs/scaling_*.png, one benchmark after the other, so that none disturbs
-# the next: about 40 minutes on two idle CPU cores. DATA_ROOT=folder reads real data sets instead of made-up ones.
+# the next: about 40 minutes on two idle CPU cores. DATA_ROOT=folder reads real data sets instead of synthetic ones.
 RESULTS := outputs/benchmarks
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks.bench_inference --output $(RESULTS)/inference.json

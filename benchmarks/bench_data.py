@@ -4,8 +4,8 @@
 
 Each stage is measured in pairs: ours, the baseline, and again, in one process with one thread, so that whatever else
 the machine does touches both. The ratio is the median of the ratios within the pairs. Data sets that are not below
-`--data_root` are made up (`made_up_data.py`); the table says which. The baseline is `plain_loading.py` and
-`tests/plain_augmentation.py`.
+`--data_root` are replaced by synthetic ones (`synthetic_data.py`); the table names them. The baseline is
+`plain_loading.py` and `tests/plain_augmentation.py`.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from datasets import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.machine import describe_machine
-from benchmarks.made_up_data import write_pairs
 from benchmarks.options import positive, write_json
 from benchmarks.own_process import in_new_process, peak_bytes
 from benchmarks.plain_loading import PlainPairs, read_plainly
+from benchmarks.synthetic_data import write_pairs
 from flow_data.augmentation import augment_dense, augment_sparse, draw_dense, draw_sparse
 from flow_data.datasets import DATASETS, load_source
 from flow_data.features import FlowSample, OpticalFlow, to_sample
@@ -40,7 +40,7 @@ from tests.plain_augmentation import apply_plainly
 
 SEED = 1234
 BATCH_SIZE = 4
-MADE_UP_PAIRS = 4
+SYNTHETIC_PAIRS = 4
 MAX_PAIRS = 8  # of real data: few enough to stay in the page cache, so that no disk is measured
 WARM_UP = 30  # samples after which memory should not grow
 
@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
 
     Args:
         source: name in `flow_data.datasets`.
-        frame_size: of made-up frames.
+        frame_size: of synthetic frames.
         crop_size: as in configs/, like the two that follow.
         zoom_range: log2.
         sparse: kind of ground truth.
@@ -77,7 +77,7 @@ RECIPES = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", type=Path, help="folder of real data sets; what is not in it is made up")
+    parser.add_argument("--data_root", type=Path, help="folder of real data sets; what is not in it is synthetic")
     parser.add_argument("--datasets", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--repetitions", type=positive, default=15, help="pairs of measurements of each stage")
     parser.add_argument("--samples", type=positive, default=16, help="samples of a measurement")
@@ -103,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(arguments.output, report)
 
 
-def find_data(recipe: Recipe, data_root: Path | None, made_up_root: Path) -> tuple[Path, str]:
-    """The folder of a data set, and whether its pairs are real or made up."""
+def find_data(recipe: Recipe, data_root: Path | None, synthetic_root: Path) -> tuple[Path, str]:
+    """The folder of a data set, and whether its pairs are real or synthetic."""
     folder = str(DATASETS[recipe.source].folder)
     if data_root is not None:
         try:
@@ -112,8 +112,8 @@ def find_data(recipe: Recipe, data_root: Path | None, made_up_root: Path) -> tup
             return data_root / folder, "real"
         except OSError:
             pass
-    write_pairs(recipe.source, made_up_root, recipe.frame_size, MADE_UP_PAIRS)
-    return made_up_root / folder, "made up"
+    write_pairs(recipe.source, synthetic_root, recipe.frame_size, SYNTHETIC_PAIRS)
+    return synthetic_root / folder, "synthetic"
 
 
 def open_rows(recipe: Recipe, root: Path) -> Any:

@@ -244,7 +244,7 @@ KITTI_PROTOCOL = Protocol(num_flow_updates=24, padding="bottom", split="training
 
 # Complete counts:
 # - FlyingChairs, FlyingThings3D, Sintel training, HD1K: RAFT's data loaders on complete downloads.
-# - Sintel test: 564 frames in 12 scenes (Butler et al. 2012), hence 552 pairs; likewise 1064 - 23 = 1041 in training.
+# - Sintel test: 564 frames in 12 scenes (Butler et al. 2012), hence 552 pairs; and 1064 - 23 = 1041 in training.
 # - KITTI: readme of the 2012 development kit (194 training, 195 test pairs) and of the 2015 one (200 of each).
 # - Middlebury: the eight scenes whose ground truth is public.
 # - Spring: the authors' own data loader, cv-stuttgart/spring_utils, dataloader.py: cameras and directions together.

@@ -152,7 +152,7 @@ class OpticalFlow:
 
 @dataclass
 class ValidMask:
-    """Column of masks that say where flow is known, decoded lazily; null where there is none.
+    """Column of masks of known flow, decoded lazily; null where there is none.
 
     Args:
         decode: give `(H, W)` bool arrays; False gives the stored `{"bytes", "path"}`.
@@ -268,7 +268,7 @@ class FlowSample(NamedTuple):
 
     image1: np.ndarray
     image2: np.ndarray
-    # Any, as nearly every caller has asked for ground truth, which `to_sample` guarantees then.
+    # Any rather than optional arrays: nearly every caller requires ground truth, which `to_sample` then guarantees.
     flow: Any = None
     valid: Any = None
     images_without_photo_aug: tuple[np.ndarray, ...] | None = None

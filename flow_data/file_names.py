@@ -1,7 +1,7 @@
 """Names of files that differ in Unicode normalization only: "ü" as one character (NFC), or as "u" and two dots (NFD).
 
 Linux takes the two for different names, people see one: macOS and some archives write NFD where tables hold NFC. So a
-name that is asked for is first looked for as it is, and then in the other form.
+name is first looked up as it is, and then in the other form.
 """
 
 import os

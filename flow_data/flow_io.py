@@ -41,7 +41,7 @@ FLOW_SUFFIXES = tuple(FORMATS)
 
 
 def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read a flow file; the suffix says which format it is.
+    """Read a flow file, whose suffix is its format.
 
     Args:
         path: ends in one of `FLOW_SUFFIXES`, upper or lower case; `.png` is KITTI's. Its name may differ from the
@@ -70,7 +70,7 @@ def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray | None = None) -> float:
-    """Write a flow file; the suffix says which format. The file is either complete or not there.
+    """Write a flow file, whose suffix is its format. The file is either complete or absent.
 
     Args:
         path: ends in one of `FLOW_SUFFIXES`, upper or lower case; its folder exists.

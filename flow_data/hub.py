@@ -26,7 +26,7 @@ STORED_FEATURES = Features(
     {"image1": Image(decode=False), "image2": Image(decode=False), "flow": OpticalFlow(), "valid": ValidMask()}
 )
 MAX_ROW_GROUP_BYTES = 2**26  # a shuffled row costs its whole row group
-MAX_GAP_BYTES = 2**13  # between columns of a row: rather read than asked for in two requests
+MAX_GAP_BYTES = 2**13  # between columns of a row: it is faster to read them than to make two requests
 FOOTER_READERS = 16  # threads; the footers of some hundred shards are small, and far away
 
 

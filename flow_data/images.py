@@ -2,12 +2,12 @@
 
 A file is damaged or truncated sooner or later in a data set of 80,000 frames, and the decoders differ in what they do
 then: Pillow fills up a PNG whose pixel data ends early, torchvision may crash the process on a wrong checksum, OpenCV
-rotates images as EXIF says. So the checksums of a PNG's chunks are compared here, before any decoder sees them, and
-only then are its pixels decoded: RGB by kornia-rs, which takes 0.4 of OpenCV's time (most of what a training sample
-costs), and the rest by OpenCV. kornia-rs does not compare zlib's own checksum of the pixels: it would not notice that
-a file was written wrong, with right checksums around wrong data. A PNG that is damaged where it holds no pixels is
-decoded after zlib's checksum has proved the pixels complete (`flow_data.formats.png`). Binary PPM is little but a
-header. Everything else, JPEG too, is decoded by Pillow.
+rotates images by their EXIF orientation. So the checksums of a PNG's chunks are compared here, before any decoder sees
+them, and only then are its pixels decoded: RGB by kornia-rs, which takes 0.4 of OpenCV's time (most of what a training
+sample costs), and the rest by OpenCV. kornia-rs does not compare zlib's own checksum of the pixels: it would not
+notice that a file was written wrong, with right checksums around wrong data. A PNG that is damaged where it holds no
+pixels is decoded after zlib's checksum has proved the pixels complete (`flow_data.formats.png`). Binary PPM is little
+but a header. Everything else, JPEG too, is decoded by Pillow.
 """
 
 import contextlib
@@ -172,7 +172,7 @@ def _tiff_orientation(data: bytes) -> int:
 
 
 def _turn_back(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """The rows and columns of a TIFF as they are stored: Pillow and OpenCV turn it as its orientation says."""
+    """The rows and columns of a TIFF as they are stored: Pillow and OpenCV rotate it by its orientation."""
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7, 8):
@@ -199,7 +199,7 @@ def _decode_deep(data: bytes) -> np.ndarray | None:
     """Pixels of more than 8 bits as OpenCV decodes them; None where it cannot, or where they have 8 bits."""
     log: Any = cv2.utils.logging
     level = log.getLogLevel()
-    log.setLogLevel(log.LOG_LEVEL_SILENT)  # Pillow says what is wrong with a file that OpenCV cannot decode
+    log.setLogLevel(log.LOG_LEVEL_SILENT)  # Pillow reports what is wrong with a file that OpenCV cannot decode
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:

@@ -68,7 +68,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _details(error: BaseException) -> str:
-    """How much was asked for, or what else the error says, in brackets."""
+    """The size of the failed allocation, or the error's first line, in brackets."""
     texts = [str(link).strip() for link in _chain(error)]
     request = next((match for text in texts if (match := REQUEST.search(text))), None)
     if request is not None:

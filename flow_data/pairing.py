@@ -129,7 +129,7 @@ def to_dataset(
     features: Features = FLOW_FEATURES,
     masks: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Dataset:
-    """Keep the complete pairs and build the data set, or say why there is none.
+    """Keep the complete pairs and build the data set, or report why there is none.
 
     Three things are left out, each counted and named in one warning: pairs of which a frame is missing, flows without
     any frame, and (where there is ground truth) image pairs without flow.

@@ -219,13 +219,13 @@ def _stem(pair: Pair) -> str:
 def _read_line(
     cells: Cells, folder: str, find_folder: Callable[[str], str], list_once: Callable[[str], Mapping[str, str]]
 ) -> Pair:
-    """One line's pair, its id "" where the table gives none; ValueError says what is wrong with the line.
+    """One line's pair, its id "" where the table gives none; a ValueError describes what is wrong with the line.
 
     Args:
         cells: of the line.
         folder: that relative paths begin at.
-        find_folder: `find_path`, which is asked for the same folders again and again.
-        list_once: `_files_in`, asked for the same folders again and again.
+        find_folder: `find_path`, cached, as lines share folders.
+        list_once: `_files_in`, cached, as lines share folders.
     """
     if None in cells:
         raise ValueError(cells[None] if isinstance(cells[None], str) else "more cells than columns")

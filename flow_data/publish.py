@@ -54,7 +54,7 @@ Optical flow: {counts}. Published from the files of {origin} by `python -m flow_
 | `id` | name of the pair in the original data set |
 | `image1`, `image2` | the two frames |
 | `flow` | `bytes` and `path` of a flow file ({formats}): from `image1` to `image2`, (x right, y down) in pixels |
-| `valid` | `bytes` and `path` of a PNG, not 0 where the flow is known; null where the flow file itself says so |
+| `valid` | `bytes` and `path` of a PNG, not 0 where the flow is known; null where the flow file has the mask |
 
 ```python
 from datasets import load_dataset
@@ -320,7 +320,7 @@ def _image_file(value: PIL.Image.Image | Mapping[str, Any], name: str) -> dict[s
 
 
 def _flow(value: Mapping[str, Any], feature: OpticalFlow | None, sample: FlowSample, name: str) -> dict[str, Any]:
-    """The flow file as it is, or a new one where that does not say what the pair's flow is (drawn, or cut down)."""
+    """The flow file as it is, or a new one where there is none of the pair's own flow (drawn, or of another size)."""
     if feature is not None and feature.stride == 1:
         return _file(value)
     suffix = ".flo" if feature is None else ".flo5"  # smaller, and what such files were

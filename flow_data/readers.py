@@ -73,7 +73,7 @@ def flying_things(
         root: folder `FlyingThings3D`.
         split: training (TRAIN) and test (TEST), of the left camera as RAFT uses them, or all: both of both cameras.
         render_pass: clean or final.
-        cameras: of left, right; by default what the split says.
+        cameras: of left, right; by default those of the split.
     """
     folder = validate_choice("flying_things", "render_pass", render_pass, PASSES)
     source = f"flying_things_{render_pass}"

@@ -49,7 +49,7 @@ class RunSampler(Sampler[tuple[int, int]]):
     Args:
         epoch_length: Positions in the mix; each occurs once an epoch.
         seed: Of the run.
-        start: Number of the first sample: 0, or where a resumed run goes on.
+        start: Number of the first sample: 0, or where a resumed run continues.
         stop: Number after the last sample.
     """
 

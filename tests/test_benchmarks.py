@@ -13,10 +13,10 @@ from benchmarks.agreement import check_flows, check_losses, estimate_flows
 from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.cost import Job
 from benchmarks.machine import describe_machine, machine_in_words
-from benchmarks.made_up_data import write_pairs
 from benchmarks.memory_needed import estimate_bytes, fits
 from benchmarks.own_process import peak_bytes, resident_bytes
 from benchmarks.rounds import spread, time_in_rounds, times_as_fast
+from benchmarks.synthetic_data import write_pairs
 from flow_data.datasets import DATASETS, load_source
 from flow_training.evaluation import evaluate
 from modeling_raft import RaftConfig, RaftForOpticalFlow

@@ -32,8 +32,8 @@ def check_size(name: str, width: int, height: int, expected: int, received: int)
 
     Args:
         name: begins the messages of errors.
-        width: pixels, as the header says.
-        height: pixels, as the header says.
+        width: pixels, as the header states.
+        height: pixels, as the header states.
         expected: bytes that a file of that size has.
         received: bytes that there are.
 
@@ -52,7 +52,7 @@ def inflate(stream: bytes, expected: int, name: str) -> bytes:
 
     Args:
         stream: the whole stream.
-        expected: bytes it must expand to; never much more is allocated, whatever the stream asks for.
+        expected: bytes it must expand to; never much more is allocated, whatever size the stream states.
         name: begins the messages of errors.
 
     Returns:

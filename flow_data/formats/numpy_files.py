@@ -1,7 +1,7 @@
 """NumPy's own files: `.npy` (TartanAir) and `.npz`; nothing is ever unpickled.
 
-NumPy evaluates a `.npy` header as Python text and allocates what it asks for. Here it is matched, and compared with
-the length of the file.
+NumPy evaluates a `.npy` header as Python text and allocates the size that it states. Here it is matched, and
+compared with the length of the file.
 """
 
 import io

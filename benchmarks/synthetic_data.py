@@ -1,4 +1,4 @@
-"""Data sets of made-up pairs in the published layouts and encodings, for benchmarks without the real ones.
+"""Data sets of synthetic pairs in the published layouts and encodings, for benchmarks without the real ones.
 
 What decoding takes depends on what is in a file, so the frames are textured (`flow_data.synthetic`), and as much
 blurred as brings the PNG files to the size of real ones (FlyingThings3D 0.7 MB, Sintel 0.6 MB, KITTI 0.85 MB).
