@@ -1,4 +1,4 @@
-"""Augmentation: geometry stays true, ground truth stays honest, parameters follow the published recipe."""
+"""Augmentation: geometry and ground truth stay exact, parameters follow the published recipe."""
 
 import random
 from pathlib import Path
@@ -199,7 +199,7 @@ def test_sparse_ground_truth_is_never_interpolated(size, new, seed):
     assert (resized.flow[~resized.valid] == 0).all()
 
 
-def test_sparse_pixels_move_to_where_their_centers_lie():
+def test_sparse_pixels_move_to_where_their_centers_are():
     """Worked out by hand. Nothing falls off the frame; of several in one place the last in reading order stays."""
     flow = np.stack(np.meshgrid(np.arange(6), np.arange(6)), axis=-1).astype(np.float32)  # each vector its own place
     full = random_sample((6, 6))._replace(flow=flow)
@@ -230,7 +230,7 @@ def test_sparse_flow_stays_on_what_it_was_measured_on(factor):
     assert off.max() <= (0.5 if factor % 2 == 0 else 0) + factor * 0.5 / 5  # gray levels are rounded
 
 
-def test_limit_flow_hides_what_is_too_large_or_unknown():
+def test_limit_flow_invalidates_what_is_too_large_or_unknown():
     flow = np.float32([[[999, 0], [1000, 0], [0, -1000], [np.nan, 0], [1, 2]]])
     limited, valid = limit_flow(flow, np.ones((1, 5), bool), 1000)
     assert valid.tolist() == [[True, False, False, False, True]]

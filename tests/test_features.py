@@ -54,7 +54,7 @@ def test_paths_decode(tmp_path, suffix):
     assert_is_the_flow(of_rows(write_pair(tmp_path / "a", suffix))[0]["flow"])
 
 
-def test_flow_that_is_no_number_where_it_is_said_to_be_valid(recwarn):
+def test_flow_that_is_no_number_where_valid_is_true(recwarn):
     flow = FLOW.copy()
     flow[0, 0], flow[0, 1] = np.nan, np.inf
     column = OpticalFlow()
@@ -66,7 +66,7 @@ def test_flow_that_is_no_number_where_it_is_said_to_be_valid(recwarn):
         column.encode_example((np.full_like(flow, np.nan), VALID))
 
 
-def test_nothing_is_read_before_it_is_looked_at(tmp_path):
+def test_nothing_is_read_before_it_is_accessed(tmp_path):
     row = write_pair(tmp_path / "a")
     dataset = of_rows(row, row | {"id": "gone", "flow": str(tmp_path / "gone.flo")})
     assert list(dataset["id"]) == ["a", "gone"]
@@ -125,7 +125,7 @@ def test_masks_decode(tmp_path, suffix, zero_is_valid):
     assert feature.encode_example(Path(path)) == {"bytes": None, "path": path}
 
 
-def test_masks_are_not_read_before_they_are_looked_at(tmp_path):
+def test_masks_are_not_read_before_they_are_accessed(tmp_path):
     dataset = Dataset.from_dict({"valid": [str(tmp_path / "gone.png")]}, features=Features({"valid": ValidMask()}))
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         dataset[0]

@@ -281,7 +281,7 @@ def test_npz_of_numpy(tmp_path, save):
     np.testing.assert_array_equal(flow, np.where(known[..., None], example_flow(), 0))
 
 
-def test_npz_knows_no_nan_whatever_its_mask_says():
+def test_npz_has_no_nan_in_valid_pixels():
     flow = example_flow()
     flow[1, 2, 0] = np.nan
     buffer = io.BytesIO()

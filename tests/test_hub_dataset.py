@@ -161,11 +161,11 @@ def test_an_upload_that_breaks_off_goes_on(hub, tmp_path, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("status", "said"), [(401, "user/pairs"), (403, "user/pairs")])
-def test_a_refused_token_shows_before_any_work(hub, tmp_path, root, status, said):
+@pytest.mark.parametrize(("status", "message"), [(401, "user/pairs"), (403, "user/pairs")])
+def test_a_refused_token_shows_before_any_work(hub, tmp_path, root, status, message):
     hub.error_status = lambda request: status if request == "POST /api/repos/create" else None
     result = publish(hub, tmp_path, "pairs", root)
-    assert result.returncode == 1 and "cannot create the data set" in result.stderr and said in result.stderr
+    assert result.returncode == 1 and "cannot create the data set" in result.stderr and message in result.stderr
     assert "Traceback" not in result.stderr and not any("PUT" in request for request in hub.requests)
 
 
@@ -188,7 +188,7 @@ def test_shards_hold_every_row_once(root):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["sintel_claen", "--repo_id", "a/b"], "did you mean 'sintel_clean'"),
         (["sintel_clean", "--repo_id", "a/b"], "--data_dir is missing"),
@@ -196,12 +196,12 @@ def test_shards_hold_every_row_once(root):
         (["sintel_clean", "--repo_id", "a/b", "--data_dir", "x", "--max_shard_bytes", "0"], "at least 1"),
     ],
 )
-def test_mistakes_are_named(arguments, said, capsys):
+def test_wrong_arguments_are_named(arguments, message, capsys):
     from flow_data.publish import main
 
     with pytest.raises(SystemExit):
         main(arguments)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 # ---- reading ----
@@ -224,7 +224,7 @@ def test_rows_are_those_of_the_source(folder, root, streaming):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_splits_are_told_apart(tmp_path, root, streaming):
+def test_splits_are_separate(tmp_path, root, streaming):
     pairs = load_source("pairs", root)
     splits = {"train": pairs.select(range(4)), "validation": pairs.select(range(4, NUM_PAIRS))}
     publish_to_folder("pairs", splits, tmp_path)
@@ -288,7 +288,7 @@ def test_columns_of_others_are_read_or_refused_alike(folder, tmp_path, streaming
         load_hub_dataset(str(tmp_path / "numbers"), streaming=streaming)
 
 
-def test_damage_is_told_with_the_row(folder, tmp_path):
+def test_damage_is_reported_with_the_row(folder, tmp_path):
     table = pq.read_table(folder / "data")
     flows = table["flow"].to_pylist()
     flows[2]["bytes"] = flows[2]["bytes"][:-1]
@@ -343,7 +343,7 @@ def test_nothing_is_read_but_the_columns_and_by_no_other_thread(folder, tmp_path
     assert needed < sum(chunk.total_compressed_size for chunk in chunks) - 140_000
 
 
-def test_a_file_cut_short_meanwhile_is_told(folder, tmp_path):
+def test_a_file_truncated_meanwhile_is_reported(folder, tmp_path):
     pq.write_table(pq.read_table(folder / "data"), tmp_path / "train.parquet", row_group_size=1)
     rows = load_hub_dataset(str(tmp_path), streaming=True)
     whole = (tmp_path / "train.parquet").read_bytes()
@@ -495,7 +495,7 @@ def test_training_is_the_same_streamed_downloaded_and_from_files(published, root
 
 
 @pytest.mark.slow
-def test_training_without_its_data_set_says_so(published, tmp_path):
+def test_training_without_its_data_set_is_reported(published, tmp_path):
     command = [PROJECT / "train_flow.py", *RUN, "--max_train_steps", "1", "--dataset_name", "user/nothing"]
     result = run(published, tmp_path, *command)
     assert result.returncode == 1 and "dataset_name: cannot read user/nothing" in result.stderr

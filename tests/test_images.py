@@ -1,4 +1,4 @@
-"""Pictures decode to the same pixels whichever way they come, and damage is always told, never decoded."""
+"""Images decode to the same pixels however they are stored, and damage is always an error, never decoded."""
 
 import io
 import random

@@ -115,7 +115,7 @@ def test_tables_of_spreadsheets(folder):
 
 
 @pytest.mark.parametrize("header", ["image1,image2", "image1,image2,flow"])
-def test_a_table_without_flow_has_no_truth(folder, caplog, header):
+def test_a_table_without_flow_has_no_ground_truth(folder, caplog, header):
     write_csv(folder / "pairs.csv", "files/3_img1.png,files/3_img2.png", header=header)
     dataset = load_source("pairs", folder)
     assert marks(dataset) == {"3_img1": (3, 103, None, None)}
@@ -144,24 +144,24 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("line", "fault"), BAD.items())
-def test_bad_lines_of_csv(folder, caplog, line, fault):
+@pytest.mark.parametrize(("line", "problem"), BAD.items())
+def test_bad_lines_of_csv(folder, caplog, line, problem):
     write_csv(folder / "pairs.csv", "files/" + FILES.format(10).replace(",", ",files/"), line)
     assert list(load_source("pairs", folder)["id"]) == ["10_flow"]
     (message,) = [record.getMessage() for record in caplog.records]
-    assert f"pairs: left out 1 lines of {folder}/pairs.csv: line 3 ({fault}" in message
+    assert f"pairs: left out 1 lines of {folder}/pairs.csv: line 3 ({problem}" in message
     write_csv(folder / "pairs.csv", line)
-    if fault != "no flow":
+    if problem != "no flow":
         with pytest.raises(ValueError, match=r"pairs: no usable pair in .*pairs\.csv: line 2 \(") as error:
             load_source("pairs", folder)
-        assert fault in str(error.value)
+        assert problem in str(error.value)
 
 
 GOOD = '{"image1": "files/3_img1.png", "image2": "files/3_img2.png", "flow": "files/3_flow.flo", "id": "a"}'
 
 
 @pytest.mark.parametrize(
-    ("line", "fault"),
+    ("line", "problem"),
     [
         ("{", "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
@@ -174,11 +174,11 @@ GOOD = '{"image1": "files/3_img1.png", "image2": "files/3_img2.png", "flow": "fi
         (GOOD.replace("3_flow", "5_flow"), "id a again"),
     ],
 )
-def test_bad_lines_of_jsonl(folder, caplog, line, fault):
+def test_bad_lines_of_jsonl(folder, caplog, line, problem):
     (folder / "pairs.jsonl").write_text(f"{GOOD}\n\n{line}\n")
     assert marks(load_source("pairs", folder)) == {"a": whole(3, masked=False)}
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message == f"pairs: left out 1 lines of {folder}/pairs.jsonl: line 3 ({fault})"
+    assert message == f"pairs: left out 1 lines of {folder}/pairs.jsonl: line 3 ({problem})"
 
 
 def test_bad_lines_are_counted_and_three_named(folder, caplog):
@@ -225,7 +225,7 @@ CELLS = st.sampled_from(
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.one_of(st.lists(CELLS, max_size=30).map("".join), st.text(max_size=200)), st.sampled_from(["csv", "jsonl"]))
-def test_any_text_is_told_to_be_no_table(tmp_path, text, suffix):
+def test_any_other_text_is_refused_as_a_table(tmp_path, text, suffix):
     (tmp_path / f"a.{suffix}").write_bytes(("image1,image2\n" * (suffix == "csv") + text).encode(errors="replace"))
     with pytest.raises(ValueError, match="a.(csv|jsonl)"):
         load_source("pairs", tmp_path / f"a.{suffix}")
@@ -369,7 +369,7 @@ def test_pairs_may_share_a_flow(folder, caplog):
     assert "left out" not in caplog.text
 
 
-def test_masks_without_a_pair_are_told(folder, caplog):
+def test_masks_without_a_pair_are_reported(folder, caplog):
     (folder / "files" / "mask_valid.png").write_bytes((folder / "files" / "3_valid.png").read_bytes())
     load_source("pairs", folder / "files")
     assert "1 masks without a pair: mask" in caplog.text

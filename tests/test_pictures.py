@@ -1,4 +1,4 @@
-"""Flow as colors, and a prediction beside the truth."""
+"""Flow as colors, and a prediction beside the ground truth."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_directions_have_their_colors():
     assert still.min() > 250
 
 
-def test_max_length_is_the_same_scale_for_all_pictures():
+def test_max_length_is_the_same_scale_for_all_images():
     flow = some_flow(2, 15, 20)
     flow[:, 0, 0] = torch.tensor([50.0, 0.0])
     whole = draw_flow(flow, max_length=50)

@@ -1,4 +1,4 @@
-"""Figures of a source against closed forms, and the contact sheet."""
+"""Statistics of a source against closed forms, and the contact sheet."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def test_synthetic_pairs_are_drawn_with_the_options_of_training(tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["sintel_claen"], "did you mean 'sintel_clean'"),
         (["sintel_clean"], "--data_dir is missing"),
@@ -100,7 +100,7 @@ def test_synthetic_pairs_are_drawn_with_the_options_of_training(tmp_path, capsys
         ),
     ],
 )
-def test_mistakes_are_named(arguments, said, capsys):
+def test_wrong_arguments_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
-    assert said in f"{error.value}{capsys.readouterr().err}"
+    assert message in f"{error.value}{capsys.readouterr().err}"

@@ -172,7 +172,7 @@ def test_noise_is_clamped():
     assert pixel_values.max() == 1 and pixel_values.min() < 1
 
 
-def test_a_bad_pair_is_told_or_replaced_the_same_everywhere():
+def test_a_bad_pair_is_reported_or_replaced_the_same_everywhere():
     class Damaged(Rows):
         def __getitem__(self, i):
             if i == 1:

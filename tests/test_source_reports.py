@@ -1,4 +1,4 @@
-"""What the readers of the published data sets say of trees that are damaged, incomplete, or not there."""
+"""What the readers of the published data sets report of trees that are damaged, incomplete, or absent."""
 
 import logging
 import os
@@ -137,7 +137,7 @@ REPORTS = {
 @pytest.mark.parametrize(
     ("name", "deleted", "expected"), [(name, *case) for name, cases in REPORTS.items() for case in cases]
 )
-def test_what_is_missing_is_told_once(tmp_path, caplog, name, deleted, expected):
+def test_what_is_missing_is_reported_once(tmp_path, caplog, name, deleted, expected):
     MAKERS[name](tmp_path)
     before = list(load_source(name, tmp_path, "all")["id"])
     caplog.clear()
@@ -159,7 +159,7 @@ def test_three_are_named_and_all_counted(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("scene", sorted(readers.MIDDLEBURY_WITHOUT_TRUTH))
-def test_middlebury_keeps_some_truth(tmp_path, caplog, scene):
+def test_middlebury_withholds_some_ground_truth(tmp_path, caplog, scene):
     make_middlebury(tmp_path)
     (tmp_path / "other-data/RubberWhale").rename(tmp_path / f"other-data/{scene}2")
     (tmp_path / "other-data/Beanbags").rename(tmp_path / f"other-data/{scene}")
@@ -170,7 +170,7 @@ def test_middlebury_keeps_some_truth(tmp_path, caplog, scene):
     ]
 
 
-def test_a_gap_in_the_test_frames_is_told(tmp_path, caplog):
+def test_a_gap_in_the_test_frames_is_reported(tmp_path, caplog):
     make_sintel(tmp_path)
     (tmp_path / "test/clean/alley_1/frame_0002.png").unlink()
     assert list(load_source("sintel_clean", tmp_path, "test")["id"]) == ["market_2/frame_0009", "market_2/frame_0010"]
@@ -208,7 +208,7 @@ def test_folders_are_listed_and_files_not_asked_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_an_incomplete_download_is_told_once(tmp_path, caplog, name):
+def test_an_incomplete_download_is_reported_once(tmp_path, caplog, name):
     MAKERS[name](tmp_path)
     for split, complete in DATASETS[name].splits.items():
         if complete is None:

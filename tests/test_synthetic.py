@@ -443,13 +443,13 @@ def test_textures_come_from_the_folder(tmp_path):
         assert mean_length(pair) > 0.9
 
 
-def test_a_picture_of_one_pixel_is_enlarged(tmp_path):
+def test_an_image_of_one_pixel_is_enlarged(tmp_path):
     Image.new("L", (1, 1), 77).save(tmp_path / "dot.bmp")
     pair = render(replace(SMALL, textures=str(tmp_path), appearance=0, shapes=(0, 0)), 0)
     assert (pair.sample.image1 == 77).all()
 
 
-def test_pictures_are_found_in_natural_order(tmp_path):
+def test_images_are_found_in_natural_order(tmp_path):
     for name in ["frame10.jpg", "frame9.png", "a/frame2.tif", "b.webp", "note.txt", "._frame1.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if not name.startswith(".") and not name.endswith("txt"):
@@ -617,7 +617,7 @@ def test_bad_options_are_named(wrong):
         SyntheticOptions(**wrong)
 
 
-def test_bad_folders_pictures_and_splits_are_named(tmp_path):
+def test_bad_folders_images_and_splits_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, message in [("missing", "is not a folder"), ("empty", "no picture in")]:
         with pytest.raises(ValueError, match=rf"{message}.*|{folder}.*\.png"):
