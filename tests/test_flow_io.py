@@ -566,7 +566,7 @@ NPY_2X3 = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 2), }\n"
         (".npz", npz(flow=NPY[:-1]), "flow: truncated"),
         (".npz", npz(flow=FLO), "flow: not a .npy"),
         (".npz", npz(flow=npy(NPY_2X3.replace("<f4", "|O"), bytes(48))), "array of '|O'"),
-        (".npz", npz(flow=npy(NPY_2X3.replace("(2, 3, 2)", "(2, 3, 3)"), bytes(72))), r"shape \(2, 3, 3\)"),
+        (".npz", npz(flow=npy(NPY_2X3.replace("(2, 3, 2)", "(2, 3, 3)"), bytes(72))), r"\(H, W, 2\); got \(2, 3, 3\)"),
         (".npz", npz(flow=NPY, valid=NPY), "valid: not a flow or mask"),
         (".npz", npz(flow=NPY, valid=npy(NPY_2X3.replace("<f4", "|b1"), bytes(12))), "of the flow's shape"),
         (".npz", npz(zipfile.ZIP_BZIP2, flow=NPY), "method 12"),
