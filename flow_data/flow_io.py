@@ -28,7 +28,6 @@ import numpy as np
 
 from flow_data.file_limits import MAX_FILE_BYTES, MAX_PIXELS, check_pixels, check_size
 from flow_data.file_names import find_path
-from flow_data.hdf5_flow import decode_flo5, encode_flo5
 from flow_data.kitti_png import KITTI_LIMITS, decode_kitti_png, encode_kitti_png
 from flow_data.numpy_files import decode_npy, decode_npz, encode_npy, encode_npz
 from flow_data.whole_files import whole_file
@@ -162,6 +161,8 @@ def decode_flow(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     elif suffix == ".png":
         values, known = decode_kitti_png(data, name)
     elif suffix == ".flo5":
+        from flow_data.hdf5_flow import decode_flo5  # needs h5py, which no other format does
+
         values = decode_flo5(data, name)
     elif suffix == ".npy":
         values = decode_npy(data, name, kinds="f")
@@ -219,6 +220,8 @@ def _encode(flow: np.ndarray, valid: np.ndarray | None, suffix: str) -> tuple[by
     elif suffix == ".pfm":
         data = _encode_pfm(flow)
     elif suffix == ".flo5":
+        from flow_data.hdf5_flow import encode_flo5
+
         data = encode_flo5(flow)
     else:
         data = encode_npy(flow) if suffix == ".npy" else encode_npz(flow, valid)

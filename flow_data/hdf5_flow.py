@@ -10,10 +10,13 @@ import itertools
 import math
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 
 from flow_data.file_limits import DEFLATE_MAX_RATIO, MAX_PIXELS, check_pixels, check_size, inflate
+from flow_data.optional_packages import needs_extra
+
+with needs_extra("train"):
+    import h5py
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 SUPERBLOCK_FIELDS = {0: (13, 24, 40), 1: (13, 28, 44), 2: (9, 12, 28), 3: (9, 12, 28)}  # see _check_superblock
