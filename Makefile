@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: quickstart test test-hf quality style bench
+.PHONY: quickstart test test-fast test-lowest test-hf quality style bench
 
 quickstart: $(INSTALLED)
 	rm -rf outputs/quickstart
@@ -14,8 +14,21 @@ quickstart: $(INSTALLED)
 		--synthetic_image_size 112 144 --synthetic_displacement 1 6 --synthetic_shapes 2 6 --synthetic_num_pairs 32 \
 		--output outputs/quickstart/report.json --picture outputs/quickstart/flow.png
 
+# One torch thread for each of two workers: on two cores, more threads only get in each other's way.
 test: $(INSTALLED)
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --durations=15
+
+# for the edit loop, under 90 seconds: no test that takes seconds or starts processes
+test-fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+
+# the suite with the lowest versions that setup.cfg allows, in an environment of its own
+LOWEST := .venv-lowest
+test-lowest:
+	test -x $(LOWEST)/bin/python || python3 -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[test]"
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # transformers' own tests of models, configurations and image processors, of the installed version
 test-hf: $(INSTALLED)
@@ -47,5 +60,5 @@ style: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml
 	test -x $(PYTHON) || python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --editable ".[test,quality]"
+	$(PYTHON) -m pip install --quiet --editable ".[dev]"
 	touch $(INSTALLED)

@@ -32,8 +32,7 @@ from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_data.visualize import stack_rows
 from flow_inference.devices import choose_device
-from flow_inference.pictures import compare
-from flow_inference.prediction import chunk_rows, find_sequences, predict_rows, share_out
+from flow_inference.prediction import chunk_rows, find_sequences, predict_rows, split_work
 from flow_inference.submission import (
     check_submission,
     find_missing,
@@ -41,6 +40,7 @@ from flow_inference.submission import (
     read_frames,
     write_result,
 )
+from flow_inference.visualization import compare
 from flow_training.evaluation import DTYPES, check_precision, evaluate
 from flow_training.flags import nearest
 from flow_training.metrics import format_metric
@@ -139,7 +139,7 @@ def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
     prepare_folders(paths)
     model = load_raft(args.model).eval().to(accelerator.device)
 
-    shares = share_out(chunk_rows(dataset, args.batch_size, args.warm_start), accelerator.num_processes)
+    shares = split_work(chunk_rows(dataset, args.batch_size, args.warm_start), accelerator.num_processes)
     share = shares[accelerator.process_index]
     updates = args.num_flow_updates or protocol.num_flow_updates
     used = {"num_flow_updates": updates, "dtype": DTYPES[accelerator.mixed_precision]}

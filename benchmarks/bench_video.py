@@ -20,7 +20,7 @@ from torchvision.models.optical_flow import raft_large
 
 from flow_data.flow_io import read_flow
 from flow_inference import FlowVideo
-from flow_inference.frame_fit import FrameFit
+from flow_inference.estimator import InputPadder
 from flow_inference.frame_sources import list_frames, read_frames
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "float32": {"mixed_precision": "no"},
     "published warm start, 5 updates, float32": {
         "mixed_precision": "no",
-        "shortened_by": 0,
+        "shrink_by": 0,
         "warm_num_flow_updates": 5,
     },
 }
@@ -85,10 +85,10 @@ def main() -> None:
 def run_torchvision(video: list[np.ndarray]) -> None:
     """Estimate each pair on its own, padded as ours are. The weights do not matter to the time."""
     model = raft_large().eval()
-    fit = FrameFit(*video[0].shape[:2])
+    padder = InputPadder(*video[0].shape[:2])
     for frame1, frame2 in zip(video[:-1], video[1:], strict=True):
-        images = (fit.prepare(frame, torch.device("cpu")) for frame in (frame1, frame2))
-        fit.restore(model(*images, num_flow_updates=UPDATES)[-1])
+        images = (padder.pad(frame, torch.device("cpu")) for frame in (frame1, frame2))
+        padder.unpad(model(*images, num_flow_updates=UPDATES)[-1])
 
 
 def run(model: Any, video: list[np.ndarray], options: dict[str, Any]) -> None:

@@ -1,21 +1,21 @@
-"""Take the flicker out of a video's maps, each of which was made from one frame alone: masks, edges, depth, styles.
+"""Remove the flicker of per-frame maps of a video, each made from one frame alone: masks, edges, depth, styles.
 
-    python examples/temporal_smoothing.py --model DIR_OR_REPO --frames film.mp4 --maps parsing.npy --output smooth.npy
+    python examples/temporal_smoothing.py --model DIR_OR_REPO --frames clip.mp4 --maps parsing.npy --output smooth.npy
 
-Every map becomes a weighted mean of itself and the maps of the frames around it, which optical flow brings to where
-they belong. This is how VToonify smooths parsing maps of faces (Yang et al. 2022, smooth_parsing_map.py), in its
-weights: a Gaussian of the distance in time, and one of the difference between the frame and its neighbour warped onto
-it, so that flow which is wrong, or leads across a cut, counts for little. What differs from VToonify:
+Every map becomes a weighted mean of itself and the maps of neighboring frames, which are warped by optical flow. This
+is how VToonify smooths parsing maps of faces (Yang et al. 2022, smooth_parsing_map.py), in its weights: a Gaussian of
+the distance in time, and one of the difference between the frame and its warped neighbor, so that flow which is wrong,
+or leads across a cut, counts for little. What differs from VToonify:
 
 - A frame is encoded once, not once for each pair that it is in.
-- Pixels that the neighbour does not show, because they are hidden there, are left out (forward-backward check); what
-  moves in front of something of its own colour would leave a trace beside it.
+- Pixels that are occluded in the neighbor do not count (forward-backward check). Without it, an object that moves in
+  front of something of its own color leaves a trace beside it.
 - It runs as a stream. Flow of a pair is estimated in both directions at once and serves both frames, so that no more
-  than `window + 1` frames are held, with `window` more that are read ahead.
+  than `window + 1` frames are in memory, and `window` more that are read ahead.
 
-Maps are `.npy`, one file `(N, h, w)` or `(N, h, w, C)` or a folder with a file for each frame, or pictures, grey or
-RGB; a folder that holds any `.npy` is one of `.npy`. They may be larger or smaller than the frames. Before the first
-frame and after the last the video is mirrored.
+Maps are `.npy`, one file `(N, h, w)` or `(N, h, w, C)` or a folder with a file for each frame, or images, gray or
+RGB; in a folder that holds any `.npy`, images are ignored. They may be larger or smaller than the frames. Before the
+first frame and after the last the video is mirrored.
 """
 
 import argparse
@@ -34,8 +34,7 @@ from tqdm.auto import tqdm
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_inference.consistency import is_occluded, warp
 from flow_inference.devices import autocast, choose_device
-from flow_inference.estimator import EncodedFrame, FlowEstimator
-from flow_inference.frame_fit import FrameFit
+from flow_inference.estimator import EncodedFrame, FlowEstimator, InputPadder
 from flow_inference.frame_sources import open_frames, read_frames
 from flow_inference.map_files import list_maps, open_output, read_maps
 from modeling_raft import RaftForOpticalFlow
@@ -43,11 +42,11 @@ from modeling_raft.convert_raft_checkpoint import load_raft
 from modeling_raft.frames_raft import FrameConverter
 
 PHOTOMETRIC_SIGMA = 0.2  # VToonify's, for frames in [-1, 1]
-OUT_OF_MEMORY = "Estimate on smaller frames with --max_side, or keep fewer frames with --window."  # what helps then
+OUT_OF_MEMORY = "Estimate on smaller frames with --max_side, or keep fewer frames with --window."  # advice
 
 
 def reflect(index: int, num_frames: int) -> int:
-    """The frame that stands for one before the first or after the last, as `numpy.pad`'s "reflect" has it."""
+    """Return the frame in place of one before the first or after the last, as in the mode "reflect" of `numpy.pad`."""
     period = max(1, 2 * (num_frames - 1))
     return min(index % period, -index % period)
 
@@ -69,17 +68,17 @@ def time_weights(index: int, num_frames: int, window: int) -> dict[int, float]:
     return dict(weights)
 
 
-def photometric_weight(pixels: Tensor, neighbour: Tensor, flow: Tensor) -> Tensor:
-    """How much a neighbour's pixel is to be trusted, by how much it looks like the one it is to be averaged with.
+def photometric_weight(pixels: Tensor, neighbor: Tensor, flow: Tensor) -> Tensor:
+    """How much a neighbor's pixel is to be trusted, by how much it looks like the one it is to be averaged with.
 
     Args:
-        pixels, neighbour: `(1, 3, H, W)` in [-1, 1].
-        flow: `(1, 2, H, W)`, from the frame to its neighbour.
+        pixels, neighbor: `(1, 3, H, W)` in [-1, 1].
+        flow: `(1, 2, H, W)`, from the frame to its neighbor.
 
     Returns:
         `(1, H, W)` in 0..1.
     """
-    warped, _ = warp(neighbour, flow)
+    warped, _ = warp(neighbor, flow)
     error = (warped - pixels).square().mean(1)
     return torch.exp(-error / (2 * PHOTOMETRIC_SIGMA**2))
 
@@ -117,8 +116,8 @@ class Flicker:
 
 
 @dataclass
-class HeldFrame:
-    """A frame that is not yet averaged with all its neighbours. Tensors are on the model's device.
+class WindowFrame:
+    """A frame that is not yet averaged with all its neighbors. Tensors are on the model's device.
 
     Args:
         pixels: `(1, 3, H, W)` in [-1, 1].
@@ -160,7 +159,7 @@ class TemporalSmoother:
         num_flow_updates: int | None = None,
         max_side: int | None = None,
     ):
-        FrameFit(1, 1, max_side)  # says now what is wrong with it
+        InputPadder(1, 1, max_side)  # raises now what is wrong with it
         self.model = model
         self.window, self.num_flow_updates, self.max_side = window, num_flow_updates, max_side
         self.before, self.after = Flicker(), Flicker()
@@ -180,60 +179,60 @@ class TemporalSmoother:
             ValueError, OSError: What `samples` raises, after the maps of all before that, for which the video ends
                 there.
         """
-        held: deque[HeldFrame] = deque()
+        waiting: deque[WindowFrame] = deque()
         estimator: FlowEstimator | None = None
-        fault = None
+        deferred = None
         try:
             for index, ((frame, values), num_frames) in enumerate(read_ahead(samples, self.window)):
                 height, width, _ = frame.shape
                 estimator = estimator or FlowEstimator(self.model, height, width, self.max_side)
-                new = self._hold(estimator, index, frame, values, num_frames)
-                self._exchange(estimator, new, held)
-                held.append(new)
-                if len(held) > self.window:
-                    yield self._finish(held.popleft()).reshape(values.shape)
+                new = self._encode(estimator, index, frame, values, num_frames)
+                self._exchange(estimator, new, waiting)
+                waiting.append(new)
+                if len(waiting) > self.window:
+                    yield self._finish(waiting.popleft()).reshape(values.shape)
         except (ValueError, OSError) as error:
-            fault = error  # in the samples after these
-        while held:
-            yield self._finish(held.popleft()).reshape(values.shape)
-        if fault is not None:
-            raise fault
+            deferred = error  # raised after the samples before it
+        while waiting:
+            yield self._finish(waiting.popleft()).reshape(values.shape)
+        if deferred is not None:
+            raise deferred
 
-    def _hold(
+    def _encode(
         self, estimator: FlowEstimator, index: int, frame: np.ndarray, values: np.ndarray, num_frames: int
-    ) -> HeldFrame:
+    ) -> WindowFrame:
         device = self.model.device
         pixels = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None] / 127.5 - 1
         own = torch.from_numpy(values.reshape(*values.shape[:2], -1)).to(device).permute(2, 0, 1)[None]
         weights = time_weights(index, num_frames, self.window)
         weight_sum = torch.full_like(own[:, 0], weights[index])
-        return HeldFrame(index, estimator.encode(frame), pixels, own, weights, weights[index] * own, weight_sum)
+        return WindowFrame(index, estimator.encode(frame), pixels, own, weights, weights[index] * own, weight_sum)
 
-    def _exchange(self, estimator: FlowEstimator, new: HeldFrame, held: Iterable[HeldFrame]) -> None:
-        """Add a new frame to the means of those that are held, and these to its own."""
-        for old in held:
+    def _exchange(self, estimator: FlowEstimator, new: WindowFrame, waiting: Iterable[WindowFrame]) -> None:
+        """Add a new frame to the means of those that wait, and these to its own."""
+        for old in waiting:
             pairs = [(new.encoded, old.encoded), (old.encoded, new.encoded)]
             flows, _ = estimator.estimate(pairs, self.num_flow_updates)
             backward, forward = flows.split(1)
             self._add(new, old, backward, forward)
             self._add(old, new, forward, backward)
 
-    def _add(self, frame: HeldFrame, neighbour: HeldFrame, flow: Tensor, reverse: Tensor) -> None:
-        """Add a neighbour's map to the mean for a frame, given the flows `(1, 2, H, W)` to the neighbour and back."""
+    def _add(self, frame: WindowFrame, neighbor: WindowFrame, flow: Tensor, reverse: Tensor) -> None:
+        """Add a neighbor's map to the mean for a frame, given the flows `(1, 2, H, W)` to the neighbor and back."""
         height, width = size = frame.map.shape[-2:]
         visible = to_grid(~is_occluded(flow, reverse), size)
-        trust = to_grid(photometric_weight(frame.pixels, neighbour.pixels, flow), size)
+        trust = to_grid(photometric_weight(frame.pixels, neighbor.pixels, flow), size)
         scale = flow.new_tensor([width / flow.shape[-1], height / flow.shape[-2]]).reshape(1, 2, 1, 1)
         map_flow = to_grid(flow, size) * scale
-        warped, _ = warp(neighbour.map, map_flow)
-        weight = frame.weights[neighbour.index] * trust * visible
+        warped, _ = warp(neighbor.map, map_flow)
+        weight = frame.weights[neighbor.index] * trust * visible
         frame.weighted_sum += weight[:, None] * warped
         frame.weight_sum += weight
-        if neighbour.index == frame.index - 1:
+        if neighbor.index == frame.index - 1:
             frame.to_previous = (map_flow, visible)
-            self.before.add(frame.map, neighbour.map, map_flow, visible)
+            self.before.add(frame.map, neighbor.map, map_flow, visible)
 
-    def _finish(self, frame: HeldFrame) -> np.ndarray:
+    def _finish(self, frame: WindowFrame) -> np.ndarray:
         """The mean, `(h, w, C)`."""
         smoothed = frame.weighted_sum / frame.weight_sum[:, None]
         if frame.to_previous is not None and self._finished is not None:
@@ -243,40 +242,40 @@ class TemporalSmoother:
 
 
 def read_ahead(samples: Iterable, count: int) -> Iterator[tuple]:
-    """Every sample, with how many there are: all of them, or at least `count` after this one."""
+    """Yield every sample with the number of samples known so far: all of them, or at least `count` after this one."""
     waiting: deque = deque()
-    number, fault = 0, None
+    num_samples, deferred = 0, None
     try:
-        for number, sample in enumerate(samples, start=1):
+        for num_samples, sample in enumerate(samples, start=1):
             waiting.append(sample)
             if len(waiting) > count:
-                yield waiting.popleft(), number
+                yield waiting.popleft(), num_samples
     except (ValueError, OSError) as error:
-        fault = error  # what came before it is good, and the video ends there
+        deferred = error  # raised after the samples before it, with which the video ends
     while waiting:
-        yield waiting.popleft(), number
-    if fault is not None:
-        raise fault
+        yield waiting.popleft(), num_samples
+    if deferred is not None:
+        raise deferred
 
 
 def pair_up(frames: Iterable[np.ndarray], maps: Iterable[np.ndarray], num_maps: int) -> Iterator[tuple]:
-    """Each frame with its map.
+    """Yield each frame with its map.
 
     Raises:
-        ValueError: There are more of one than of the other; said after the pairs.
+        ValueError: There are more of one than of the other; raised after the pairs.
     """
-    remaining, number = iter(maps), 0
-    for number, frame in enumerate(frames, start=1):
-        if number > num_maps:
-            raise ValueError(f"each frame needs a map; there are at least {number} frames and {num_maps} maps")
+    remaining, num_frames = iter(maps), 0
+    for num_frames, frame in enumerate(frames, start=1):
+        if num_frames > num_maps:
+            raise ValueError(f"each frame needs a map; there are at least {num_frames} frames and {num_maps} maps")
         values = next(remaining)
         check_orientation(frame.shape, values.shape)
         yield frame, values
-    check_counts(number, num_maps)
+    check_counts(num_frames, num_maps)
 
 
 def check_orientation(frame_shape: tuple[int, ...], map_shape: tuple[int, ...]) -> None:
-    """Refuse maps that lie on their side, as those of phone pictures do which another program has not turned.
+    """Refuse maps that lie on their side, as a program makes them that ignores the EXIF orientation of phone photos.
 
     Raises:
         ValueError: Frames are higher than wide and maps wider than high, or the other way round.
@@ -324,7 +323,7 @@ def run(args: argparse.Namespace) -> TemporalSmoother:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, repository id, or file of weights of RAFT")
-    parser.add_argument("--frames", type=Path, required=True, help="video, or folder of pictures")
+    parser.add_argument("--frames", type=Path, required=True, help="video, or folder of images")
     parser.add_argument("--maps", type=Path, required=True, help="one for each frame: folder, or .npy file")
     parser.add_argument("--output", type=Path, required=True, help="what --maps is: folder, or .npy file")
     parser.add_argument("--window", type=int, default=5, help="frames on either side; time grows with it")
@@ -358,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.output}: no two maps show the same, so there is no flicker to measure")
         return
     print(f"{args.output}: a map differs from the one before it, warped onto it, by {smoother.before.mean:.4g} before")
-    print(f"smoothing and by {smoother.after.mean:.4g} after, in the mean, in the maps' own values (pictures: of 255)")
+    print(f"smoothing and by {smoother.after.mean:.4g} after, in the mean, in the maps' own values (images: of 255)")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,52 @@
-"""Names of files that differ in Unicode normalization only: "ü" as one character (NFC), or as "u" and two dots (NFD).
+"""Names of files: formats by suffix, natural order, URLs, and names that differ in Unicode normalization only.
+
+Normalization: "ü" is one character (NFC), or "u" and two dots (NFD).
 
 Linux takes the two for different names, people see one: macOS and some archives write NFD where tables hold NFC. So a
 name is first looked up as it is, and then in the other form.
 """
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+FORMAT_SUFFIXES = {  # format of the flow of a pair -> suffix of its file
+    "flo": ".flo",
+    "npy": ".npy",
+    "npz": ".npz",
+    "pfm": ".pfm",
+    "flo5": ".flo5",
+    "kitti": ".png",
+    "color": ".png",
+}
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp", ".ogv"),
+)
+WRITTEN_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # suffix -> FFmpeg's name
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib makes one slash of two; c:/ is a drive
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path has the suffix of a video."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def refuse_url(path: str | os.PathLike[str]) -> None:
+    """Refuse a URL, since frames, folders and videos are read from files.
+
+    Raises:
+        ValueError: The path is a URL.
+    """
+    if URL.match(str(path)):
+        raise ValueError(f"{path} is a URL; download it, and give the path of the file")
+
+
+def natural_order(name: str) -> list[str | int]:
+    """Sort key under which frame_2 comes before frame_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def normalize(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from datasets import Dataset, Features
 
 from flow_data.features import FLOW_FEATURES
-from flow_data.file_names import find_name, find_path, index_names
+from flow_data.file_names import find_name, find_path, index_names, natural_order
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +183,3 @@ def to_dataset(
 def first_few(names: list[str]) -> str:
     """The first three names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def natural_order(name: str) -> list[str | int]:
-    """Sort key under which frame_2 comes before frame_10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]

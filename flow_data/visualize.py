@@ -5,18 +5,19 @@ They are `(h, w, 3)` uint8, RGB, on white. Text is drawn by OpenCV, whose letter
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.utils import flow_to_image
 
+from flow_data.optional_packages import needs_extra
+
 GAP = 4  # white pixels between the parts of an image
 WHEEL_SIZE = 64  # pixels; of a legend whose text is 9 pixels high
 SUPERSAMPLING = 4  # the wheel's rim is smooth
-FONT = cv2.FONT_HERSHEY_SIMPLEX
-FONT_SIZE = 0.4
+FONT_SIZE = 0.4  # of OpenCV's Hershey Simplex
 
 
 def draw_flow(flow: Tensor, max_length: float | None = None) -> np.ndarray:
@@ -70,7 +71,7 @@ def draw_wheel(size: int) -> np.ndarray:
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     inside = (x.square() + y.square() <= 1).numpy()
     wheel = mask_invalid(draw_flow(torch.stack([x, y]), max_length=1), inside)
-    return cv2.resize(wheel, (size, size), interpolation=cv2.INTER_AREA)
+    return _opencv().resize(wheel, (size, size), interpolation=_opencv().INTER_AREA)
 
 
 def draw_legend(max_length: float, scale: float = 1) -> np.ndarray:
@@ -86,6 +87,7 @@ def draw_legend(max_length: float, scale: float = 1) -> np.ndarray:
     Raises:
         ValueError: `max_length` is not a positive number.
     """
+    cv2 = _opencv()
     _check_length(max_length)
     wheel = draw_wheel(round(WHEEL_SIZE * scale))
     size = len(wheel)
@@ -104,13 +106,21 @@ def draw_legend(max_length: float, scale: float = 1) -> np.ndarray:
 
 def draw_text(text: str, scale: float = 1) -> np.ndarray:
     """Black letters on white, `(h, w, 3)` uint8; as wide as they need, and of one height whatever the letters."""
-    stroke = max(round(scale), 1)
-    width = cv2.getTextSize(text, FONT, FONT_SIZE * scale, stroke)[0][0]
-    (_, ascent), descent = cv2.getTextSize("Ag", FONT, FONT_SIZE * scale, stroke)
+    cv2 = _opencv()
+    font, size, stroke = cv2.FONT_HERSHEY_SIMPLEX, FONT_SIZE * scale, max(round(scale), 1)
+    width = cv2.getTextSize(text, font, size, stroke)[0][0]
+    (_, ascent), descent = cv2.getTextSize("Ag", font, size, stroke)
     margin = stroke + 2  # for what the smooth outline adds
     image = np.full((ascent + descent + 2 * margin, width + 2 * margin, 3), 255, np.uint8)
     origin = (margin, margin + ascent)
-    return cv2.putText(image, text, origin, FONT, FONT_SIZE * scale, (0, 0, 0), stroke, cv2.LINE_AA)
+    return cv2.putText(image, text, origin, font, size, (0, 0, 0), stroke, cv2.LINE_AA)
+
+
+def _opencv() -> Any:
+    """Import OpenCV, which only legends and text need."""
+    with needs_extra("video"):
+        import cv2
+    return cv2
 
 
 def pixel_text(value: float) -> str:

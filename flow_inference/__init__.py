@@ -1,9 +1,9 @@
-"""Using a model: flow of pairs and of video, what is occluded in it, and pictures of it."""
+"""Prediction: flow of image pairs and of video, occlusion, and files and visualizations of flow."""
 
 from flow_inference.consistency import consistency_error, is_occluded, warp
 from flow_inference.prediction import predict_pair
 from flow_inference.video import FlowVideo, VideoFlow
-from flow_inference.warm_start import project_forward
+from flow_inference.warm_start import forward_interpolate
 
 __all__ = [
     "FlowVideo",
@@ -11,6 +11,6 @@ __all__ = [
     "consistency_error",
     "is_occluded",
     "predict_pair",
-    "project_forward",
+    "forward_interpolate",
     "warp",
 ]

@@ -1,4 +1,4 @@
-"""Forward and backward flow held against each other: what is warped, what is occluded, how far they disagree.
+"""Forward-backward consistency: warping, occlusion, and how far forward and backward flow disagree.
 
 Shapes: `B` batch, `C` channels, `H W` frame. Flow is (x right, y down), pixels.
 """
@@ -14,15 +14,15 @@ RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 0.01, 0.5  # of squared lengths; square
 
 
 def warp(maps: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Fetch what frame 2 has where each pixel of frame 1 goes: frame 2 as frame 1 would see it.
+    """Warp maps of frame 2 to frame 1: read them where each pixel of frame 1 goes.
 
     Args:
         maps: `(B, C, H, W)` floating, of frame 2.
         flow: `(B, 2, H, W)`, from frame 1 to frame 2.
 
     Returns:
-        `(B, C, H, W)`, read bilinearly; and `(B, H, W)` bool, False where a pixel leaves the frame by more than half
-        a pixel, in whose place the frame's edge is read.
+        `(B, C, H, W)`, read bilinearly, and `(B, H, W)` bool, False where a pixel leaves the frame by more than half
+        a pixel. There, the edge of the frame is read.
     """
     batch, _, height, width = maps.shape
     target = pixel_grid(batch, height, width, flow.dtype, flow.device) + flow
@@ -38,41 +38,47 @@ def warp(maps: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def consistency_error(flow: Tensor, backward_flow: Tensor) -> Tensor:
-    """How far a pixel ends from where it started, when it goes to frame 2 and back.
+    """Distance between each pixel of frame 1 and the place to which flow and then backward flow bring it.
 
     Args:
         flow: `(B, 2, H, W)`, from frame 1 to frame 2.
-        backward_flow: likewise, from frame 2 to frame 1.
+        backward_flow: `(B, 2, H, W)`, from frame 2 to frame 1.
 
     Returns:
-        `(B, H, W)`, pixels; infinite where the way there leaves the frame.
+        `(B, H, W)`, pixels; infinite where flow leaves the frame.
+
+    Raises:
+        ValueError: The two differ in size.
     """
-    there_and_back, inside = _round_trip(flow, backward_flow)
-    return torch.where(inside, torch.linalg.vector_norm(flow + there_and_back, dim=1), torch.inf)
+    back, inside = _warp_backward_flow(flow, backward_flow)
+    return torch.where(inside, torch.linalg.vector_norm(flow + back, dim=1), torch.inf)
 
 
 def is_occluded(flow: Tensor, backward_flow: Tensor) -> Tensor:
-    """Which pixels of frame 1 frame 2 does not show: hidden by something, or outside of it.
+    """Mask of the pixels of frame 1 that frame 2 does not show: hidden by something, or outside of the frame.
 
-    Pixels whose way there and back ends elsewhere, by more than is usual for estimates of flow: a hundredth of the
-    squared lengths of both ways and half a squared pixel (Sundaram et al. 2010, equation 5).
+    A pixel is occluded where the squared distance between its start and the place to which flow and backward flow
+    bring it exceeds 0.01 of the squared lengths of both flows plus 0.5 (Sundaram et al. 2010, equation 5).
 
     Args:
         flow: `(B, 2, H, W)`, from frame 1 to frame 2.
-        backward_flow: likewise, from frame 2 to frame 1. The other way round, one gets the pixels of frame 2 that
-            frame 1 does not show.
+        backward_flow: `(B, 2, H, W)`, from frame 2 to frame 1. With the two arguments exchanged, the result is the
+            mask of the pixels of frame 2 that frame 1 does not show.
 
     Returns:
         `(B, H, W)` bool.
+
+    Raises:
+        ValueError: The two differ in size.
     """
-    back, inside = _round_trip(flow, backward_flow)
+    back, inside = _warp_backward_flow(flow, backward_flow)
     error = (flow + back).square().sum(1)
     lengths = flow.square().sum(1) + back.square().sum(1)
     return ~(inside & (error <= RELATIVE_TOLERANCE * lengths + ABSOLUTE_TOLERANCE))
 
 
-def _round_trip(flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Backward flow of where each pixel of frame 1 goes, and whether that lies in the frame."""
+def _warp_backward_flow(flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
+    """Return backward flow at the place where each pixel of frame 1 goes, and whether that lies in the frame."""
     if flow.shape != backward_flow.shape:
         raise ValueError(
             f"forward and backward flow must have one size; got {tuple(flow.shape)} and {tuple(backward_flow.shape)}"

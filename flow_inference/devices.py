@@ -1,4 +1,4 @@
-"""The device that a model runs on, and its precision, by default and as a user names them."""
+"""The device and the precision that a model runs in: the defaults, and what a user names."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +8,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of a name, or by default the accelerator that torch finds (CUDA, MPS, XPU, ...), else the CPU.
+    """Return the device of a name; by default the accelerator that torch finds (CUDA, MPS, XPU, ...), else the CPU.
 
     Args:
         name: As torch writes it: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, ...
@@ -34,14 +34,14 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def autocast(device: torch.device, mixed_precision: str | None) -> AbstractContextManager:
-    """The context to run a model in.
+    """Return the autocast context to run a model in.
 
     Args:
         device: Of the model.
-        mixed_precision: `"no"`, `"bf16"`, `"fp16"`; None: as it is where this is called.
+        mixed_precision: `"no"`, `"bf16"`, `"fp16"`; None: leave autocast as the caller has set it.
 
     Raises:
-        ValueError: It is none of these, or fp16 on a CPU, which has no use of it.
+        ValueError: It is none of these, or fp16 on a CPU, where it brings nothing.
     """
     if mixed_precision is None:
         return nullcontext()
@@ -54,7 +54,7 @@ def autocast(device: torch.device, mixed_precision: str | None) -> AbstractConte
 
 
 def computes_bf16_quickly(device: torch.device) -> bool:
-    """Whether the hardware has instructions for bfloat16, which elsewhere is slower than float32."""
+    """Return whether the hardware has instructions for bfloat16, which is slower than float32 without them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -1,4 +1,7 @@
-"""Flow between any two frames of a video, each of which is encoded once."""
+"""Flow between any two frames of one size, each of which is encoded once.
+
+Shapes: `B` batch, `H W` frame, `H' W'` frame as the model takes it, `h w` 1/8 grid of that.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +13,105 @@ from torch import Tensor
 
 from flow_data.out_of_memory import attempt
 from flow_inference.devices import autocast
-from flow_inference.frame_fit import FrameFit
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+from modeling_raft.image_processing_raft import image_padding
 from modeling_raft.modeling_raft import GRID
+
+LONGEST_ENLARGED = 1024  # pixels: a narrow strip is not enlarged in both directions beyond this
+
+
+class InputPadder:
+    """Resizes frames of one size where that is asked for, pads them as `RaftImageProcessor` does, and undoes both.
+
+    Args:
+        height: Of the frames, pixels.
+        width: Of the frames, pixels.
+        max_side: Frames with a longer side are reduced to this one, in proportion; None: as they are.
+        min_side: Frames with a shorter side are enlarged to this one, in proportion, as long as the other side stays
+            within 1024 px and `max_side`; None: as they are.
+        smallest: The smallest side that the model takes, pixels; smaller frames are padded to it.
+
+    Raises:
+        ValueError: `max_side` is below `min_side` or `smallest`, or there are no pixels.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        max_side: int | None = None,
+        min_side: int | None = None,
+        smallest: int = RaftImageProcessor.min_size,
+    ):
+        if min(height, width) < 1:
+            raise ValueError(f"frames must have pixels; got {height} x {width}")
+        if min_side is not None and min_side < 1:
+            raise ValueError(f"min_side must be at least 1; got {min_side}")
+        if max_side is not None and max_side < max(min_side or 0, smallest):
+            raise ValueError(f"max_side must be at least {max(min_side or 0, smallest)}; got {max_side}")
+        self.size = (height, width)
+        self.resized = _resized(height, width, max_side, min_side)
+        self.padding = image_padding(*self.resized, RaftImageProcessor.height_padding, smallest)
+
+    def pad(self, frame: np.ndarray, device: torch.device) -> Tensor:
+        """Make a frame the input of the model.
+
+        Args:
+            frame: `(H, W, 3)` uint8, RGB.
+            device: Of the model.
+
+        Returns:
+            `(1, 3, H', W')` float32 in [-1, 1].
+
+        Raises:
+            ValueError: The frame has another size or type.
+        """
+        if frame.dtype != np.uint8 or frame.shape != (*self.size, 3):
+            expected = f"uint8 ({self.size[0]}, {self.size[1]}, 3)"
+            raise ValueError(f"all frames must be {expected}, as the first; got {frame.dtype} {frame.shape}")
+        pixels = torch.from_numpy(np.ascontiguousarray(frame)).to(device).permute(2, 0, 1)[None].float()
+        if self.resized != self.size:
+            pixels = F.interpolate(pixels, self.resized, mode="bilinear", antialias=True)
+        return F.pad((pixels - 127.5) / 127.5, self.padding, mode="replicate")
+
+    def unpad(self, flow: Tensor) -> Tensor:
+        """Bring flow back to the size of the frames.
+
+        Args:
+            flow: `(B, 2, H', W')`, in pixels of the padded frames.
+
+        Returns:
+            `(B, 2, H, W)` float32, in pixels of the frames.
+        """
+        left, _, top, _ = self.padding
+        height, width = self.resized
+        flow = flow[..., top : top + height, left : left + width].float()
+        if self.resized != self.size:
+            flow = F.interpolate(flow, self.size, mode="bilinear", align_corners=False)
+            flow = flow * flow.new_tensor([self.size[1] / width, self.size[0] / height]).reshape(1, 2, 1, 1)
+        return flow
+
+
+def _resized(height: int, width: int, max_side: int | None, min_side: int | None) -> tuple[int, int]:
+    """Return (height, width) of frames after resizing, before padding."""
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(height, width))
+    height, width = max(1, round(scale * height)), max(1, round(scale * width))
+    shorter, longer = sorted((height, width))
+    if min_side is not None and shorter < min_side:
+        limit = max(longer, LONGEST_ENLARGED if max_side is None else min(max_side, LONGEST_ENLARGED))
+        enlarged = min(min_side / shorter, limit / longer)  # in proportion, as far as the limit lets it
+        height, width = (max(min_side, round(enlarged * side)) for side in (height, width))
+    return height, width
 
 
 @dataclass
 class EncodedFrame:
-    """What is known of a frame.
+    """A frame and its encodings.
 
     Args:
-        pixels: `(1, 3, H', W')`, as the model takes them.
-        features: `(1, feature_dim, h, w)`, what is matched.
-        state: first hidden state and context `(1, ., h, w)`; None until flow *from* this frame is asked for.
+        pixels: `(1, 3, H', W')` in [-1, 1], the model's input.
+        features: `(1, feature_dim, h, w)`, what is matched between frames.
+        state: First hidden state and context, `(1, ., h, w)` each; None until flow *from* this frame is asked for.
     """
 
     pixels: Tensor
@@ -30,7 +119,7 @@ class EncodedFrame:
     state: tuple[Tensor, Tensor] | None = None
 
     def thumbnail(self) -> Tensor:
-        """`(1, 3, h, w)` in 0..255, on the grid of the flow."""
+        """Return the frame on the grid of the flow, `(1, 3, h, w)` in 0..255."""
         return F.avg_pool2d(127.5 * (self.pixels + 1), GRID)
 
 
@@ -39,12 +128,14 @@ class FlowEstimator:
 
     Args:
         model: In eval mode, on any device.
-        height, width: Of the frames.
-        max_side, min_side: As in `FrameFit`.
+        height: Of the frames, pixels.
+        width: Of the frames, pixels.
+        max_side: As in `InputPadder`.
         mixed_precision: As in `flow_inference.devices.autocast`.
+        min_side: As in `InputPadder`.
 
     Raises:
-        ValueError: The model is in training mode, where BatchNorm and dropout would spoil its flow; or a setting does
+        ValueError: The model is in training mode, where BatchNorm and dropout would change its flow; or a setting does
             not fit.
     """
 
@@ -59,15 +150,15 @@ class FlowEstimator:
     ):
         if model.training:
             raise ValueError("the model is in training mode; call model.eval() first")
-        autocast(model.device, mixed_precision)  # says now what is wrong with it
+        autocast(model.device, mixed_precision)  # raises now what is wrong with it
         self.model, self.mixed_precision = model, mixed_precision
         smallest = max(RaftImageProcessor.min_size, model.config.min_image_size)
-        self.fit = FrameFit(height, width, max_side, min_side, smallest)
+        self.padder = InputPadder(height, width, max_side, min_side, smallest)
 
     @torch.no_grad()
     def encode(self, frame: np.ndarray) -> EncodedFrame:
-        """Encode `(H, W, 3)` uint8, RGB."""
-        pixels = self.fit.prepare(frame, self.model.device)
+        """Encode a frame `(H, W, 3)` uint8, RGB."""
+        pixels = self.padder.pad(frame, self.model.device)
         size = f"{pixels.shape[-2]} x {pixels.shape[-1]} px"
         with autocast(self.model.device, self.mixed_precision), attempt(f"the encoding of a frame of {size}"):
             return EncodedFrame(pixels, self.model.encode_features(pixels))
@@ -79,7 +170,7 @@ class FlowEstimator:
         num_flow_updates: int | None = None,
         initial_flow: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Flow from the first to the second frame of each pair, all pairs as one batch.
+        """Estimate flow from the first to the second frame of each pair, all pairs as one batch.
 
         Args:
             pairs: B of them.
@@ -103,10 +194,10 @@ class FlowEstimator:
                 num_flow_updates,
                 initial_flow,
             )
-            for hidden, low_res_flow in updates:  # noqa: B007  # the last ones are wanted
+            for hidden, low_res_flow in updates:  # noqa: B007  # only the last ones are needed
                 pass
             flow = self.model.upsampler(hidden, low_res_flow)
-        return self.fit.restore(flow), low_res_flow
+        return self.padder.unpad(flow), low_res_flow
 
     def _state(self, frame: EncodedFrame) -> tuple[Tensor, Tensor]:
         if frame.state is None:

@@ -1,7 +1,6 @@
-"""Frames from wherever they are: a video file, a folder, a list, a generator."""
+"""Frames from a video file, a folder, a list or a generator."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from flow_data.file_names import natural_order, refuse_url
 from flow_data.formats.limits import check_pixels
-from flow_data.pairing import natural_order
-from flow_inference.video_files import VideoReader
 from modeling_raft.frames_raft import FrameConverter, describe, read_frame
-
-URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # pathlib makes one slash of two; c:/ is a drive
 
 
 def list_frames(folder: str | os.PathLike[str]) -> list[Path]:
-    """The images of a folder in natural order of their names: frame_2 before frame_10.
+    """List the images of a folder in natural order of their names: frame_2 before frame_10.
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
@@ -38,37 +34,33 @@ def list_frames(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def open_frames(source: str | os.PathLike[str] | Iterable[Any]) -> Iterable[Any]:
-    """What `source` yields frames from: a video file is opened, a folder listed, anything else taken as it is.
+    """Open a video file, list a folder, or return anything else as it is: an iterable of frames.
 
     Raises:
         ValueError, OSError: The file is no video, or is not there; see `VideoReader` and `list_frames`.
+        MissingPackageError: Videos need the extra `video`.
     """
     if not isinstance(source, (str, os.PathLike)):
         return source
     refuse_url(source)
-    return list_frames(source) if Path(source).is_dir() else VideoReader(source)
+    if Path(source).is_dir():
+        return list_frames(source)
+    from flow_inference.video_files import VideoReader  # needs PyAV, which frames in memory do without
 
-
-def refuse_url(path: str | os.PathLike[str]) -> None:
-    """Frames, folders and videos are read from files here.
-
-    Raises:
-        ValueError: The path is a URL.
-    """
-    if URL.match(str(path)):
-        raise ValueError(f"{path} is a URL; download it, and give the path of the file")
+    return VideoReader(source)
 
 
 def read_frames(frames: Iterable[Any], converter: FrameConverter | None = None) -> Iterator[np.ndarray]:
-    """Every frame as `(H, W, 3)` uint8, RGB, upright, of one size.
+    """Yield every frame as `(H, W, 3)` uint8, RGB, upright, of one size.
 
     Args:
         frames: Frames of any kind that `modeling_raft.frames_raft.read_frame` takes.
         converter: Maps intensities to 0..255; None: by the range that the first two frames have in common.
 
     Raises:
-        ValueError: One is of no such kind, is damaged, too large for a flow file, or of another size than the first.
-        OSError: One cannot be read.
+        ValueError: A frame is of no such kind, is damaged or too large for a flow file, or its size differs from that
+            of the first.
+        OSError: A frame cannot be read.
     """
     converter = converter or FrameConverter()
     size: tuple[int, ...] | None = None

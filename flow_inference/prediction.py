@@ -1,4 +1,4 @@
-"""Flow of images, whatever their size: of one pair, and of a data set's pairs in batches or along its sequences."""
+"""Flow of image pairs of any size: of one pair, and of the pairs of a data set, in batches or along its sequences."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -8,19 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flow_data.images import disable_image_decoding
 from flow_data.out_of_memory import attempt
-from flow_inference.warm_start import project_forward
+from flow_inference.warm_start import forward_interpolate
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
 
 class Prediction(NamedTuple):
-    """What was predicted of a row of a data set.
+    """The predicted flow of a row of a data set.
 
     Args:
-        position: the row's index.
-        row: as the data set gives it.
-        sample: as it was decoded.
+        position: Index of the row.
+        row: As the data set gives it.
+        sample: The decoded row.
         flow: `(2, H, W)` float32 on the CPU, pixels.
     """
 
@@ -44,8 +43,8 @@ def predict_pair(
         image1: `(H, W, 3)` uint8, RGB.
         image2: The same size.
         num_flow_updates: Updates of the flow; None: as the model's configuration says.
-        padding: To multiples of 8 by repeating edges: height `"split"` between both sides, or all at the `"bottom"`;
-            `"none"`: the images must fit.
+        padding: How images are padded to multiples of 8 by repeating edges: above and below (`"split"`) or only below
+            (`"bottom"`); `"none"`: the images must fit.
 
     Returns:
         `(2, H, W)` float32 on the CPU, pixels.
@@ -65,14 +64,21 @@ def predict_batch(
     padding: str = "split",
     initial_flow: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Estimate flow of several pairs at once; arguments, first result and errors as those of `predict_pair`.
+    """Estimate flow of several pairs of images at once.
 
     Args:
-        pairs: `B` of them, all images of one size.
-        initial_flow: `(B, 2, h, w)`, in pixels of the padded images' 1/8 grid, to start from; None: zero.
+        model: In eval mode, on any device.
+        pairs: B pairs of images `(H, W, 3)` uint8, RGB, all of one size.
+        num_flow_updates: As in `predict_pair`.
+        padding: As in `predict_pair`.
+        initial_flow: `(B, 2, h, w)`, in pixels of the 1/8 grid of the padded images; None: zero.
 
     Returns:
-        A flow for each pair, and `(B, 2, h, w)`, the same in pixels of the 1/8 grid, on the model's device.
+        For each pair `(2, H, W)` float32 on the CPU, pixels; and for all `(B, 2, h, w)` in pixels of the 1/8 grid, on
+        the model's device.
+
+    Raises:
+        ValueError: The images differ in size, or do not fit without padding.
     """
     processor = RaftImageProcessor(
         do_pad=padding != "none",
@@ -101,17 +107,18 @@ def predict_rows(
     Args:
         model: In eval mode, on any device.
         dataset: Rows by index.
-        chunks: Indices of rows, as `chunk_rows` puts them together: batches, or with a warm start sequences.
-        decode: Row -> sample with `image1` and `image2`, `(H, W, 3)` uint8.
-        num_flow_updates, padding: As of `predict_pair`.
-        warm_start: Let each pair of a chunk start from where the flow of the one before has moved to (paper section
-            4.2), one by one. Else a chunk is predicted at once, or in parts where the size of its images changes.
+        chunks: Indices of rows in the groups of `chunk_rows`: batches, or sequences for a warm start.
+        decode: Function from a row to a sample with `image1` and `image2`, `(H, W, 3)` uint8.
+        num_flow_updates: As in `predict_pair`.
+        padding: As in `predict_pair`.
+        warm_start: Predict the pairs of a chunk one by one, each from the flow of the pair before, moved along itself
+            (paper section 4.2). Else a chunk is predicted at once, or in parts where the size of its images changes.
 
     Yields:
         A prediction for each row, in the order of the chunks.
 
     Raises:
-        ValueError, OSError: What `decode` raises, and `predict_pair`.
+        ValueError, OSError: As `decode` and `predict_pair` raise them.
     """
     for chunk in chunks:
         samples = ((position, row := dataset[position], decode(row)) for position in chunk)
@@ -124,7 +131,7 @@ def predict_rows(
             with attempt(attempted):
                 flows, low_res_flow = predict_batch(model, pairs, num_flow_updates, padding, initial_flow)
             if warm_start:
-                initial_flow = project_forward(low_res_flow)
+                initial_flow = forward_interpolate(low_res_flow)
             for decoded, flow in zip(batch, flows, strict=True):
                 yield Prediction(*decoded, flow)
 
@@ -135,12 +142,12 @@ def _size(decoded: tuple[int, Any, Any]) -> tuple[int, ...]:
 
 
 def chunk_rows(dataset: Any, batch_size: int = 1, warm_start: bool = False) -> list[list[int]]:
-    """Put together the rows that one process predicts together; how many processes there are does not matter.
+    """Group the rows that one process predicts together, whatever the number of processes.
 
     Args:
         dataset: Rows of a source of `flow_data.datasets`.
-        batch_size: Consecutive rows of a chunk, at most.
-        warm_start: Make chunks of the data set's sequences instead.
+        batch_size: The largest number of consecutive rows in a chunk.
+        warm_start: Return the sequences of the data set instead.
 
     Returns:
         Indices of rows, each once.
@@ -151,11 +158,11 @@ def chunk_rows(dataset: Any, batch_size: int = 1, warm_start: bool = False) -> l
     return [list(range(first, min(first + batch_size, count))) for first in range(0, count, batch_size)]
 
 
-def share_out(chunks: Sequence[Sequence[int]], num_shares: int) -> list[list[Sequence[int]]]:
-    """Deal chunks to processes so that none has much more to do than another: the longest first, to who has least."""
-    shares: list[list[Sequence[int]]] = [[] for _ in range(num_shares)]
-    loads = [0] * num_shares
-    for chunk in sorted(chunks, key=len, reverse=True):  # stable: the same on every process
+def split_work(chunks: Sequence[Sequence[int]], num_processes: int) -> list[list[Sequence[int]]]:
+    """Split chunks among processes evenly: the longest first, each to the process with the fewest rows so far."""
+    shares: list[list[Sequence[int]]] = [[] for _ in range(num_processes)]
+    loads = [0] * num_processes
+    for chunk in sorted(chunks, key=len, reverse=True):  # a stable sort: the same on every process
         least = loads.index(min(loads))
         shares[least].append(chunk)
         loads[least] += len(chunk)
@@ -163,17 +170,17 @@ def share_out(chunks: Sequence[Sequence[int]], num_shares: int) -> list[list[Seq
 
 
 def find_sequences(dataset: Any) -> list[list[int]]:
-    """Find which pairs follow each other: one begins with the very file with which the one before ends.
+    """Find the sequences of pairs, in which each pair begins with the file with which the pair before it ends.
 
-    Files say it where ids do not: KITTI's 000011 is not the frame after 000010, and backward flow of FlyingThings3D
-    and Spring runs from high numbers to low ones. A pair does not follow the one that leads the other way.
+    Files tell what ids do not: KITTI's 000011 is not the frame after 000010, and backward flow of FlyingThings3D and
+    Spring runs from high numbers to low ones. A pair of backward flow does not follow its own pair of forward flow.
 
     Args:
-        dataset: Rows of a source of `flow_data.datasets`. What is drawn or read from bytes has no file and follows
-            nothing.
+        dataset: Rows of a source of `flow_data.datasets`. Pairs that are drawn, or read from bytes, have no file, and
+            each stands alone.
 
     Returns:
-        Indices of rows in the order of time, each once; a pair that neither follows nor is followed stands alone.
+        Indices of rows in the order of time, each once. A pair without neighbors is a sequence of one.
     """
     frames = _frame_files(dataset)
     beginning_with: dict[str | None, list[int]] = {}
@@ -188,7 +195,7 @@ def find_sequences(dataset: Any) -> list[list[int]]:
     followers = set(next_of.values())
     sequences: list[list[int]] = []
     seen: set[int] = set()
-    for start in sorted(range(len(frames)), key=followers.__contains__):  # a loop has no beginning: any will do
+    for start in sorted(range(len(frames)), key=followers.__contains__):  # a loop may begin anywhere
         sequence: list[int] = []
         current: int | None = start
         while current is not None and current not in seen:
@@ -201,8 +208,12 @@ def find_sequences(dataset: Any) -> list[list[int]]:
 
 
 def _frame_files(dataset: Any) -> list[tuple[str | None, str | None]]:
-    """Paths of both frames of every row; None where there is no file."""
-    if not {"image1", "image2"} <= set(dataset.column_names):  # drawn when looked at
+    """Return the paths of both frames of every row; None where there is no file."""
+    if not {"image1", "image2"} <= set(dataset.column_names):  # drawn on access
         return [(None, None)] * len(dataset)
+    from flow_data.images import (
+        disable_image_decoding,  # needs the package datasets, which frames in memory do without
+    )
+
     stored = disable_image_decoding(dataset).select_columns(["image1", "image2"])
     return [(row["image1"]["path"], row["image2"]["path"]) for row in stored]

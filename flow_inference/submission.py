@@ -1,4 +1,4 @@
-"""Results on test splits, in the formats and under the names that the benchmarks' servers take.
+"""Submissions: flow of test splits, in the formats and under the names that the servers of benchmarks take.
 
 Formats and names are those of `flow_data.datasets`, where each data set's record has its own.
 """
@@ -25,24 +25,24 @@ class FramePair(NamedTuple):
 
 
 def check_submission(source: str) -> None:
-    """Raise ValueError, with the right names, where there is no server for a source."""
+    """Raise ValueError, with the right names, where a source has no server."""
     if source not in SUBMISSIONS:
         raise ValueError(f"--submission: {source} has no test split for a server; there are {', '.join(SUBMISSIONS)}")
 
 
 def prepare_folders(paths: Iterable[Path], flag: str = "--submission") -> None:
-    """Make the folders of files to come, and make sure that they can be written.
+    """Make the folders of files that will be written, and make sure that they are writable, before days of prediction.
 
     Args:
-        paths: of the files.
-        flag: that named them, for errors.
+        paths: Of the files.
+        flag: The flag that named them, for errors.
 
     Raises:
-        OSError: They cannot; better known before days of prediction than after.
+        OSError: A file cannot be written there.
     """
     paths = list(paths)
     if folders := [path for path in paths if path.is_dir()]:
-        raise IsADirectoryError(f"{flag}: {folders[0]} is a folder, and a file was to be written there")
+        raise IsADirectoryError(f"{flag}: {folders[0]} is a folder; give the name of a file")
     for folder in sorted({path.parent for path in paths}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def prepare_folders(paths: Iterable[Path], flag: str = "--submission") -> None:
 
 
 def read_frames(row: Mapping[str, Any]) -> FramePair:
-    """Decode a row of a source without looking at its flow.
+    """Decode the frames of a row of a source, without its flow.
 
     Raises:
         ValueError, OSError: A frame cannot be read, or the two differ in size; the row's id is named.
@@ -60,26 +60,26 @@ def read_frames(row: Mapping[str, Any]) -> FramePair:
     frames = FramePair(*read_pair(row))
     if frames.image1.shape != frames.image2.shape:
         sizes = " and ".join(f"{frame.shape[0]} x {frame.shape[1]}" for frame in frames)
-        raise ValueError(f"{row['id']}: both frames must have one size (h x w); got {sizes}")
+        raise ValueError(f"{row['id']}: frames must have one size (h x w); got {sizes}")
     return frames
 
 
 def write_result(path: Path, flow: Tensor, submission: Submission) -> float:
-    """Write one file of a submission; one of that name is replaced.
+    """Write one file of a submission, over one of the same name.
 
-    Flow beyond KITTI's range is clipped: written as it is, `write_flow` would mark it as unknown, and the server would
-    fill in its neighbours' flow (interpolateBackground of the development kit) in the place of a nearly right one.
+    Flow beyond KITTI's range is clipped. Otherwise `write_flow` would mark it as unknown, and the server would replace
+    it with the flow of its neighbors (interpolateBackground of the development kit), which is farther off.
 
     Args:
-        path: its folder exists.
+        path: The file, whose folder exists.
         flow: `(2, H, W)`, pixels.
-        submission: that it is part of.
+        submission: The format.
 
     Returns:
         Share of the pixels, 0 to 1, whose flow was clipped.
 
     Raises:
-        ValueError: Flow is not finite: no server takes that.
+        ValueError: Flow is not finite, which no server takes.
         OSError: The file cannot be written.
     """
     if not flow.isfinite().all():
@@ -90,28 +90,31 @@ def write_result(path: Path, flow: Tensor, submission: Submission) -> float:
 
 
 def find_missing(source: str, split: str, folder: Path, ids: list[str]) -> list[str]:
-    """What a submission lacks, in sentences; nothing where it is complete.
+    """Describe what a submission lacks.
 
     Args:
-        source: a key of `SUBMISSIONS`.
-        split: that was predicted.
-        folder: of the submission.
-        ids: of the pairs that were predicted.
+        source: A key of `SUBMISSIONS`.
+        split: The split that was predicted.
+        folder: The folder of the submission.
+        ids: Ids of the pairs that were predicted.
+
+    Returns:
+        Sentences; none where the submission is complete.
     """
-    submission, faults = SUBMISSIONS[source], []
+    submission, missing = SUBMISSIONS[source], []
     absent = [path for path in map(submission.path, ids) if not (folder / path).is_file()]
-    if absent:  # processes on machines that do not share the folder, say
-        faults.append(f"{len(absent)} files are not in {folder}: {first_few(absent)}")
+    if absent:  # where the machines of several processes do not share the folder, for example
+        missing.append(f"{len(absent)} files are not in {folder}: {first_few(absent)}")
     if split != submission.split:
-        return [*faults, f"these are results of split {split}; the server wants those of {submission.split}"]
+        return [*missing, f"these are results of split {split}; the server wants those of {submission.split}"]
     complete = DATASETS[source].splits[split]
     if complete is not None and len(ids) != complete:
         which = ""
         if submission.id_of is not None:
             which = f"; missing are {first_few(sorted({*map(submission.id_of, range(complete))} - {*ids}))}"
-        faults.append(f"{len(ids)} pairs of the {complete} in the data set, and the server wants all{which}")
+        missing.append(f"{len(ids)} pairs of the {complete} in the data set, and the server wants all{which}")
     if (other := submission.other_pass) is not None:
         absent = [path for path in map(SUBMISSIONS[other].path, ids) if not (folder / path).is_file()]
         if absent:
-            faults.append(f"{len(absent)} files of the other pass, which the server wants, too: run {other}")
-    return faults
+            missing.append(f"{len(absent)} files of the other pass, which the server wants, too: run {other}")
+    return missing

@@ -1,7 +1,6 @@
-"""Video files as streams of RGB pictures, read and written by PyAV.
+"""Video files as streams of RGB images, read and written by PyAV.
 
-PyAV carries FFmpeg with it, so that nothing has to be installed beside it, and it tells of damage, at which OpenCV's
-reader ends as if the video did.
+PyAV brings FFmpeg with it, and it reports damage, where OpenCV's reader ends as if the video did.
 """
 
 import math
@@ -13,48 +12,43 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import av
-import av.error
 import numpy as np
 
-VIDEO_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"),
-    *(".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".3gp", ".ogv"),
-)
-WRITTEN_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # FFmpeg's names
+from flow_data.file_names import WRITTEN_FORMATS
+from flow_data.optional_packages import needs_extra
+
+with needs_extra("video"):
+    import av
+    import av.error
+
 FRAME_RATE_DENOMINATOR = 10**6  # 29.97002997 as a float becomes 30000/1001 again
 END_TOLERANCE = 0.5  # seconds that a video may end before the time its container gives
 SEGMENT_ID = b"\x18\x53\x80\x67"  # of the part of a Matroska file that holds all but its first few bytes
 
 
-def is_video(path: str | os.PathLike[str]) -> bool:
-    """Whether a path has the suffix of a video."""
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
-
-
 class VideoReader:
-    """The frames of a video file, one after the other; every `for` starts at the first one again.
+    """The frames of a video file, one after the other; every `for` loop starts at the first one again.
 
     A frame is `(H, W, 3)` uint8, RGB, turned as the file says (phones store portraits lying on their side; mirrored
     ones are not mirrored). Sound is ignored, and so is the time between frames: where it varies, `frame_rate` is the
     mean, and a video written with it lasts as long as this one. Pixels are taken to be square.
 
-    Damage is told where FFmpeg sees it, which is mostly: few overwritten bytes may look like other pictures. Frames
-    just before it may have suffered already, being coded as differences to a later one. A file that was cut off is
-    noticed if its container says how much there should be, as `.mp4`, `.mov`, `.mkv` and `.webm` do; `.gif`, `.ts` and
-    raw streams just end.
+    Damage is an error where FFmpeg detects it, which it mostly does: a few overwritten bytes may decode to other
+    images. Frames just before the damage may be wrong already, since they are coded as differences to a later one. A
+    file that was cut off is an error if its container gives the length, as `.mp4`, `.mov`, `.mkv` and `.webm` do;
+    `.gif`, `.ts` and raw streams just end.
 
     Args:
         path: Of the file.
 
     Attributes:
         frame_rate: Frames a second.
-        num_frames: How many frames there will be as far as the container says, else None. For a progress bar: parts
-            that were cut away in a phone count, too.
+        num_frames: The number of frames that the container gives, or None. It is good for a progress bar only, since
+            it includes the parts of a video that a phone has trimmed.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no video, holds no moving pictures, or its beginning or index is damaged.
+        ValueError: It is no video, holds no moving images, or its beginning or index is damaged.
     """
 
     frame_rate: Fraction
@@ -70,10 +64,10 @@ class VideoReader:
             self.num_frames = stream.frames or None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Decode frame by frame; of the video no more is in memory than the decoder needs.
+        """Decode frame by frame, with no more of the video in memory than the decoder needs.
 
         Raises:
-            ValueError: The file is damaged or was cut off, said after the frames before that; or frames change in
+            ValueError: The file is damaged or was cut off, raised after the frames before that; or frames change in
                 size.
         """
         count, shape = 0, None
@@ -81,14 +75,14 @@ class VideoReader:
             stream.thread_type = "AUTO"  # all cores
             try:
                 for frame in _decode(container, stream):
-                    picture = _to_rgb(frame)
-                    if shape not in (None, picture.shape):
+                    image = _to_rgb(frame)
+                    if shape not in (None, image.shape):
                         raise ValueError(
-                            f"{self.path}: frame {count} (from 0) is {_size(picture.shape)}, those before it are "
+                            f"{self.path}: frame {count} (from 0) is {_size(image.shape)}, those before it are "
                             f"{_size(shape)} (height x width); scale the video to one size first"
                         )
-                    shape = picture.shape
-                    yield picture
+                    shape = image.shape
+                    yield image
                     count += 1
             except (av.error.FFmpegError, _DamageError) as error:
                 raise ValueError(
@@ -100,23 +94,23 @@ class VideoReader:
 
 
 class VideoWriter:
-    """Write pictures as an H.264 video that players and browsers show.
+    """Write images as an H.264 video that players and browsers show.
 
         with VideoWriter("flow.mp4", frame_rate=25) as video:
-            video.write(picture)
+            video.write(image)
 
-    What has been written is not lost, but for the last seconds. Until the end it is in `PATH.partial.mp4`, beside the
-    file, which can be played at any time, also after the process was killed or the disk was full. When the `with`
-    block ends, also by an error or Ctrl-C, it becomes the file (for a moment there are both), with the index at the
-    front, so that browsers start before they have all of it.
+    Images that have been written are not lost, except for the last seconds. Until the end they are in
+    `PATH.partial.mp4` beside the file, which can be played at any time, also after the process was killed or the disk
+    was full. When the `with` block ends, also by an error or Ctrl-C, it becomes the file (both exist for a moment),
+    with the index at the front, so that browsers start before they have received all of it.
 
-    The format (yuv420p, as nothing else plays everywhere) stores colour at half the resolution: edges of flow colours
-    bleed by a pixel. Sides are even in it, so the last column or row of odd sizes is repeated.
+    The pixel format (yuv420p, the only one that plays everywhere) stores color at half the resolution: edges of flow
+    colors bleed by a pixel. Its sides are even, so the last column or row of odd sizes is repeated.
 
     Args:
         path: Ends in one of WRITTEN_FORMATS; folders are made.
         frame_rate: Frames a second.
-        crf: x264's quality: 0 is lossless, 18 looks so, 6 more are half the size.
+        crf: Constant rate factor of x264: 0 is lossless, 18 looks so, and each 6 more halve the size.
 
     Raises:
         ValueError: Unknown suffix, or a frame rate that is no positive number.
@@ -130,42 +124,42 @@ class VideoWriter:
         if not (math.isfinite(frame_rate) and frame_rate > 0):
             raise ValueError(f"{self.path}: frame_rate must be a positive number; got {frame_rate}")
         if self.path.is_dir():
-            raise IsADirectoryError(f"{self.path}: is a folder, and a video was to be written there")
+            raise IsADirectoryError(f"{self.path}: is a folder; the video needs the name of a file")
         self.frame_rate = Fraction(frame_rate).limit_denominator(FRAME_RATE_DENOMINATOR)
         self.crf = crf
         self.partial = self.path.with_name(f"{self.path.name}.partial.mp4")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.partial.write_bytes(b"")  # PyAV opens it with the first picture only, which may be late to say it cannot
+        self.partial.write_bytes(b"")  # PyAV opens it with the first image only, which is late for an error
         self._shape: tuple[int, ...] | None = None
         self._stream: Any = None
         self._failed = self._closed = False
         with self._naming_the_file():
-            # fragments can be played without the index, which a killed process has not written
+            # Fragments can be played without the index, which a killed process does not write.
             options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
             self._container = av.open(_url(self.partial), "w", format="mp4", container_options=options)
 
-    def write(self, picture: np.ndarray) -> None:
-        """Add a picture.
+    def write(self, image: np.ndarray) -> None:
+        """Append an image.
 
         Args:
-            picture: `(H, W, 3)` uint8, RGB, all of one size.
+            image: `(H, W, 3)` uint8, RGB, all of one size.
 
         Raises:
-            ValueError: It is no such picture, or of another size than the first.
-            OSError: It cannot be written: the disk is full, say.
+            ValueError: It is no such image, or its size differs from that of the first.
+            OSError: It cannot be written, because the disk is full, for example.
         """
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
-            raise ValueError(f"{self.path}: expected (H, W, 3) uint8 pictures; got {picture.shape} {picture.dtype}")
-        if self._shape not in (None, picture.shape):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"{self.path}: images must be (H, W, 3) uint8; got {image.shape} {image.dtype}")
+        if self._shape not in (None, image.shape):
             raise ValueError(
-                f"{self.path}: all pictures must have one size; got {_size(picture.shape)} after {_size(self._shape)} "
+                f"{self.path}: all images must have one size; got {_size(image.shape)} after {_size(self._shape)} "
                 "(height x width)"
             )
         if self._closed or self._failed:
             raise ValueError(f"{self.path}: the video is closed")
-        height, width, _ = self._shape = picture.shape
-        even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        # players take BT.709 for granted in large pictures and BT.601 in small ones, unless the file says
+        height, width, _ = self._shape = image.shape
+        even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        # Unless the file says so, players assume BT.709 in large images and BT.601 in small ones.
         frame = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
         )
@@ -175,10 +169,10 @@ class VideoWriter:
             self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Finish the file and give it its name; without a picture there is none.
+        """Finish the file and give it its name; without an image there is no file.
 
         Raises:
-            OSError: It cannot be finished; what could be written is in the partial file.
+            OSError: It cannot be finished; the partial file has what could be written.
         """
         if self._closed:
             return
@@ -204,7 +198,7 @@ class VideoWriter:
         self.close()
 
     def _add_stream(self, height: int, width: int) -> Any:
-        # A fragment ends where a keyframe comes, and all that the encoder looks ahead at is in no file yet.
+        # A fragment ends at the next keyframe, and the frames in the encoder's lookahead are in no file yet.
         second = str(max(1, round(self.frame_rate)))
         options = {"crf": str(self.crf), "g": second, "rc-lookahead": "10", "bf": "2"}
         stream: Any = self._container.add_stream("libx264", rate=self.frame_rate, options=options)
@@ -220,19 +214,19 @@ class VideoWriter:
             yield
         except (av.error.FFmpegError, OSError) as error:
             self._failed = True
-            rest = f"; {self.partial} has the pictures before that" if self._stream is not None else ""
+            rest = f"; {self.partial} has the images before that" if self._stream is not None else ""
             raise OSError(f"{self.path}: the video cannot be written ({_reason(error)}){rest}") from error
 
 
 class _DamageError(Exception):
-    """What FFmpeg only marks, and reads on."""
+    """Damage that FFmpeg only marks before it reads on."""
 
 
 @contextmanager
 def _open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
     """The container and the video stream that a player would show."""
     with open(path, "rb"):
-        pass  # Python's errors name the file and what is wrong
+        pass  # for Python's errors, which name the file and what is wrong
     try:
         container = av.open(_url(path), metadata_errors="ignore")
     except av.error.FFmpegError as error:
@@ -242,28 +236,28 @@ def _open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
         if not streams:
             kinds = ", ".join(sorted({stream.type for stream in container.streams}))
             found = f"only {kinds}" if kinds else "nor anything else: its index may be damaged"
-            raise ValueError(f"{path}: expected a video, and there is no moving picture in it, {found}")
-        shown = container.streams.best("video")  # as players choose: FFmpeg's rule
+            raise ValueError(f"{path}: must be a video, and there are no moving images in it, {found}")
+        shown = container.streams.best("video")  # FFmpeg's rule, as in players
         yield container, shown if shown in streams else streams[0]
 
 
 def _is_cover(stream: Any) -> bool:
-    """Whether a stream is the picture on the cover of a song."""
+    """Return whether a stream is the cover image of a song."""
     return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 
 def _decode(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
-    """All frames that FFmpeg vouches for, then its error or `_DamageError` if there should be more."""
+    """Yield all frames that are certainly whole, then raise FFmpeg's error or `_DamageError` if more are missing."""
     packets = _demux(container, stream)
     reached = -math.inf
     while True:
         try:
             packet = next(packets, None)
         except (av.error.FFmpegError, _DamageError):
-            # What the decoder holds may lie behind a frame that is lost: packets come in another order than frames are
-            # shown in, yet none is shown before the time at which it is decoded.
-            held = _whole(stream.decode(None))
-            yield from (frame for frame in held if frame.pts is not None and frame.pts <= reached)
+            # Frames in the decoder may belong after a lost frame: packets come in decoding order, which differs from
+            # the order of display, but no frame is displayed before the time at which it is decoded.
+            buffered = _whole(stream.decode(None))
+            yield from (frame for frame in buffered if frame.pts is not None and frame.pts <= reached)
             raise
         if packet is None:
             return
@@ -272,7 +266,11 @@ def _decode(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
 
 
 def _demux(container: Any, stream: Any) -> Iterator[av.Packet]:
-    """All coded frames, then an empty packet, which drains the decoder, or `_DamageError` if there should be more."""
+    """Yield all coded frames, then an empty packet, which drains the decoder.
+
+    Raises:
+        _DamageError: A frame is cut short, or frames are missing at the end.
+    """
     num_packets, end = 0, 0.0
     for packet in container.demux(stream):
         if packet.is_corrupt:
@@ -298,7 +296,7 @@ def _whole(frames: list[av.VideoFrame]) -> Iterator[av.VideoFrame]:
 
 
 def _matroska_size(url: str) -> int:
-    """Bytes that a Matroska or WebM file should have; 0 if it does not say (RFC 9559 and, for numbers, RFC 8794)."""
+    """Return the bytes that a Matroska or WebM file should have; 0 if it does not say (RFC 9559, RFC 8794)."""
     with open(url.removeprefix("file:"), "rb") as file:
         head = file.read(4096)
     place = head.find(SEGMENT_ID) + len(SEGMENT_ID)
@@ -311,9 +309,9 @@ def _matroska_size(url: str) -> int:
 
 
 def _promised_end(container: Any, stream: Any) -> float:
-    """Seconds at which Matroska's own entry says that the stream ends; 0 where there is none.
+    """Return the seconds at which the stream ends according to its entry in Matroska; 0 without an entry.
 
-    The entry is a tag, which programs that cut a video may leave as it was; then the container is shorter than that.
+    The entry is a tag, which programs that cut a video may leave unchanged; then the container is shorter than that.
     """
     tag = stream.metadata.get("DURATION", "").rstrip("\0 ").split(":")
     if len(tag) != 3 or container.duration is None:
@@ -324,13 +322,13 @@ def _promised_end(container: Any, stream: Any) -> float:
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    picture = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, as numpy turns
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / 90) % 4  # counter-clockwise, as in numpy
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
 
 
 def _copy_with_index_first(source: Path, target: Path) -> None:
-    """Copy the stream of one file into another, which gets its name when it is whole."""
+    """Copy the stream of one file into another, which gets its name when it is complete."""
     unfinished = target.with_name(f"{target.name}.unfinished")
     container_format = WRITTEN_FORMATS[target.suffix.lower()]
     options = {} if container_format == "matroska" else {"movflags": "faststart"}
@@ -350,7 +348,7 @@ def _copy_with_index_first(source: Path, target: Path) -> None:
 
 
 def _url(path: Path) -> str:
-    """A colon in a path is not a protocol."""
+    """Return a path as FFmpeg takes it, which reads a colon as the end of a protocol's name."""
     return f"file:{path}"
 
 

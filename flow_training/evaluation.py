@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from flow_data.datasets import Protocol
 from flow_data.features import FlowSample, to_occlusion, to_sample
-from flow_inference.pictures import draw_comparison
-from flow_inference.prediction import Prediction, chunk_rows, predict_pair, predict_rows, share_out
+from flow_inference.prediction import Prediction, chunk_rows, predict_pair, predict_rows, split_work
+from flow_inference.visualization import draw_comparison
 from flow_training.metrics import compute_metrics, error_sums, region_metrics, region_sums, summarize
 from modeling_raft import RaftForOpticalFlow
 
@@ -76,7 +76,7 @@ def evaluate(
         EvaluationInterrupted: `stop_requested` returned true.
     """
     updates = num_flow_updates or protocol.num_flow_updates
-    shares = share_out(chunk_rows(dataset, batch_size, warm_start), accelerator.num_processes)
+    shares = split_work(chunk_rows(dataset, batch_size, warm_start), accelerator.num_processes)
     share = shares[accelerator.process_index]
     predictions = predict_rows(model, dataset, share, _decode, updates, protocol.padding, warm_start)
     rounds = range(max(sum(map(len, share)) for share in shares))

@@ -26,13 +26,9 @@ import torch
 from torch import Tensor
 from transformers.utils import is_vision_available, logging
 
-# Under such an `if`, or in a `try`, transformers does not count an import among what everyone needs who loads a model.
+# Under such an `if`, transformers does not count an import among what everyone needs who loads a model.
 if is_vision_available():
     import PIL.Image
-try:
-    import cv2
-except ImportError:
-    cv2 = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -347,7 +343,7 @@ def _is_cut_to_8_bits(image: "PIL.Image.Image") -> bool:
     if image.format == "PPM":
         return bool(rest) and isinstance(rest[0], int) and rest[0] > 255
     if image.format == "JPEG2000":
-        return cv2 is not None and _decodes_to_16_bits(image)
+        return _opencv() is not None and _decodes_to_16_bits(image)
     return ";16" in str(first)
 
 
@@ -372,7 +368,7 @@ def _content(image: Any, name: str) -> bytes:
 
 def _decode_by_opencv(data: bytes, name: str, failure: str, cause: Exception | None = None) -> np.ndarray:
     """Pixels as they are stored, of any depth."""
-    if cv2 is None:
+    if _opencv() is None:
         raise ValueError(f"{name} needs OpenCV to be decoded: pip install opencv-python-headless") from cause
     pixels = _imdecode(data)
     if pixels is None:
@@ -382,7 +378,17 @@ def _decode_by_opencv(data: bytes, name: str, failure: str, cause: Exception | N
     return _from_array(pixels, name, channels_last=True)
 
 
+def _opencv() -> Any:
+    """Return the module cv2, imported when the first image needs it; None where it is not installed."""
+    try:  # in which transformers does not count an import among what everyone needs who loads a model
+        import cv2
+    except ImportError:
+        return None
+    return cv2
+
+
 def _imdecode(data: bytes) -> np.ndarray | None:
+    cv2 = _opencv()
     log: Any = cv2.utils.logging
     level = log.getLogLevel()
     log.setLogLevel(log.LOG_LEVEL_SILENT)  # what it cannot decode is an error here, and no line on stderr

@@ -22,8 +22,8 @@ from tiny_run import free_port
 import evaluate_flow
 from flow_data.datasets import DATASETS, load_source
 from flow_data.flow_io import read_flow, write_flow
-from flow_inference.prediction import chunk_rows, find_sequences, share_out
-from flow_inference.warm_start import project_forward
+from flow_inference.prediction import chunk_rows, find_sequences, split_work
+from flow_inference.warm_start import forward_interpolate
 from flow_training.evaluation import evaluate
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
@@ -310,7 +310,7 @@ def test_warm_start_carries_flow_within_a_scene(model_dir, sintel, monkeypatch, 
         )
         starts[name] = initial_flow, low_res_flow
     assert {name for name, (initial_flow, _) in starts.items() if initial_flow is not None} == {("alley_1", 2)}
-    torch.testing.assert_close(starts["alley_1", 2][0], project_forward(starts["alley_1", 1][1]))
+    torch.testing.assert_close(starts["alley_1", 2][0], forward_interpolate(starts["alley_1", 1][1]))
 
 
 SEQUENCES = {
@@ -373,7 +373,7 @@ def test_every_pair_is_in_one_share(lengths, shares, batch_size):
     assert sum(batches, []) == list(range(sum(lengths)))
     sequences = [list(range(sum(lengths[:i]), sum(lengths[: i + 1]))) for i in range(len(lengths))]
     for chunks in (batches, sequences):
-        dealt = share_out(chunks, shares)
+        dealt = split_work(chunks, shares)
         assert sorted(chunk for share in dealt for chunk in share) == chunks
         loads = [sum(map(len, share)) for share in dealt]
         assert max(loads) - min(loads) <= max(map(len, chunks), default=0)

@@ -560,7 +560,7 @@ def test_both_frames_are_mapped_by_one_increasing_map(dtype, seed, scale):
 
 
 def test_opencv_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr(frames_raft, "cv2", None)
+    monkeypatch.setattr(frames_raft, "_opencv", lambda: None)
     with pytest.raises(ValueError, match="frame 1 needs OpenCV to be decoded: pip install opencv-python-headless"):
         read_frame(KINDS["16-bit rgb png"][1][0], "frame 1")
     assert read_frame(KINDS["png"][1][0], "frame 1").dtype == np.uint8

@@ -17,7 +17,7 @@ from flow_data.visualize import (
     pixel_text,
     stack_rows,
 )
-from flow_inference.pictures import (
+from flow_inference.visualization import (
     TITLES,
     UNKNOWN_ERROR,
     common_length,

@@ -16,7 +16,7 @@ from flow_data.flow_io import read_flow
 from flow_data.formats import limits
 from flow_data.visualize import draw_flow
 from flow_inference import FlowVideo, frame_sources
-from flow_inference.outputs import FlowFilms
+from flow_inference.outputs import FlowVideoWriter
 from flow_inference.video import VideoFlow
 from flow_inference.video_files import VideoReader, VideoWriter
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
@@ -48,14 +48,14 @@ def job(tmp_path, model):
 
 
 @pytest.fixture
-def film(tmp_path, model):
-    """A folder of frames and a video of them, two scenes' worth of motion with a held frame; and the arguments."""
+def clip(tmp_path, model):
+    """A folder of frames and a video of them, motion of two scenes with a duplicate frame; and the arguments."""
     frames = moving_shapes(3, HEIGHT, WIDTH, [(2, 1), (-4, 2)]).frames
     frames = frames[[0, 1, 1, 2]]
     (tmp_path / "frames").mkdir()
     for number, frame in enumerate(frames, start=8):
         Image.fromarray(frame).save(tmp_path / "frames" / f"f{number}.png")  # f8, f9, f10: not in order of letters
-    with VideoWriter(tmp_path / "film.mp4", 25) as video:
+    with VideoWriter(tmp_path / "clip.mp4", 25) as video:
         for frame in frames:
             video.write(frame)
     arguments = f"--model {tmp_path / 'model'} --num_flow_updates 3 --warm_num_flow_updates 2 --mixed_precision no"
@@ -73,7 +73,7 @@ def test_flow_files_hold_the_models_flow(job, name, flags, tolerance):
     np.testing.assert_allclose(flow, expected, atol=tolerance + 1e-4)
 
 
-def test_a_png_is_a_colour_picture(job, capsys):
+def test_a_png_is_a_color_image(job, capsys):
     folder, arguments, expected = job
     predict_flow.main([*arguments, "--output", str(folder / "out.png")])
     picture = np.asarray(Image.open(folder / "out.png")).astype(int)
@@ -97,68 +97,68 @@ def test_backward_and_occlusion_lie_beside_the_flow(job):
 
 
 @pytest.mark.parametrize(
-    ("format", "suffix"), [(None, ".flo"), ("npy", ".npy"), ("kitti", ".png"), ("colour", ".png")]
+    ("format", "suffix"), [(None, ".flo"), ("npy", ".npy"), ("kitti", ".png"), ("color", ".png"), ("colour", ".png")]
 )
-def test_a_folder_of_frames_gives_a_folder_of_flow(film, model, format, suffix, capsys):
-    folder, frames, arguments = film
+def test_a_folder_of_frames_gives_a_folder_of_flow(clip, model, format, suffix, capsys):
+    folder, frames, arguments = clip
     flags = [] if format is None else ["--format", format]
     predict_flow.main([*arguments, str(folder / "frames"), "--output", str(folder / "flow"), *flags])
     assert {path.name for path in (folder / "flow").iterdir()} == {f"f{number}{suffix}" for number in (8, 9, 10)}
     expected = list(FlowVideo(model, frames, num_flow_updates=3, warm_num_flow_updates=2, mixed_precision="no"))
     for number, pair in zip((8, 9, 10), expected, strict=True):
         path = folder / "flow" / f"f{number}{suffix}"
-        if format == "colour":
+        if format in ("color", "colour"):
             assert np.array_equal(np.asarray(Image.open(path)), draw_flow(pair.flow))
         else:
             tolerance = 1 / 64 if format == "kitti" else 1e-5
             np.testing.assert_allclose(read_flow(path)[0], pair.flow.permute(1, 2, 0), atol=tolerance)
-    assert "held frames, which repeat the one before and have zero flow: 1" in capsys.readouterr().out
+    assert "duplicate frames, which repeat the one before and have zero flow: 1" in capsys.readouterr().out
 
 
-def test_a_video_gives_numbered_files_or_a_video_of_colours(film):
-    folder, frames, arguments = film
-    video = ["--video", str(folder / "film.mp4")]
-    predict_flow.main([*arguments, *video, "--output", str(folder / "flow")])
+def test_a_video_gives_numbered_files_or_a_video_of_colors(clip):
+    folder, frames, arguments = clip
+    flags = ["--video", str(folder / "clip.mp4")]
+    predict_flow.main([*arguments, *flags, "--output", str(folder / "flow")])
     names = [path.name for path in sorted((folder / "flow").iterdir())]
     assert names == [f"frame_00000{number}.flo" for number in (1, 2, 3)]
-    output = folder / "deep" / "colours.mp4"
-    predict_flow.main([*arguments, *video, "--output", str(output), "--backward", "--occlusion"])
-    films = [VideoReader(output.with_stem(f"colours{what}")) for what in ("", "_backward", "_occlusion")]
-    assert [(film.frame_rate, film.num_frames) for film in films] == [(25, 3)] * 3
-    colours, _, occluded = (next(iter(film)) for film in films)
+    output = folder / "deep" / "colors.mp4"
+    predict_flow.main([*arguments, *flags, "--output", str(output), "--backward", "--occlusion"])
+    readers = [VideoReader(output.with_stem(f"colors{what}")) for what in ("", "_backward", "_occlusion")]
+    assert [(reader.frame_rate, reader.num_frames) for reader in readers] == [(25, 3)] * 3
+    colors, _, occluded = (next(iter(reader)) for reader in readers)
     flow = torch.from_numpy(read_flow(folder / "flow" / "frame_000001.flo")[0]).permute(2, 0, 1)
-    # Half the resolution of colour, and what a few pixels of longer flow do to the scale.
-    assert np.abs(colours.astype(int) - draw_flow(flow)).mean() < 40
+    # Half the resolution of color, and what a few pixels of longer flow do to the scale.
+    assert np.abs(colors.astype(int) - draw_flow(flow)).mean() < 40
     assert occluded.std(axis=2).max() < 20
 
 
-def test_colours_of_a_film_do_not_flicker(film):
+def test_colors_of_a_video_do_not_flicker(clip):
     """A scale that is given is kept; the one that is not follows within a scene, and starts anew with the next."""
-    folder, frames, _ = film
+    folder, frames, _ = clip
     flows = [torch.full((2, HEIGHT, WIDTH), length) for length in (10.0, 1.0, 1.0)]
     flows[0][:, 0, 0] = 1000.0  # one wild pixel
     pairs = [VideoFlow(i, frames[0], frames[0], flow, 1, cut=i == 2) for i, flow in enumerate(flows)]
     scales = []
-    with FlowFilms(folder / "colours.mp4", 25) as output:
+    with FlowVideoWriter(folder / "colors.mp4", 25) as output:
         for pair in pairs:
             output.write(pair)
             scales.append(output.scale)
     assert scales == pytest.approx([10 * 2**0.5, 0.95 * 10 * 2**0.5, 2**0.5], rel=1e-4)
-    with FlowFilms(folder / "fixed.mp4", 25, colour_scale=5.0) as output:
+    with FlowVideoWriter(folder / "fixed.mp4", 25, color_scale=5.0) as output:
         output.write(pairs[0])
         assert output.scale == 5.0
 
 
-def test_a_video_of_flow_that_is_not_finite_is_white_there(film):
-    folder, frames, _ = film
+def test_a_video_of_flow_that_is_not_finite_is_white_there(clip):
+    folder, frames, _ = clip
     flow = torch.full((2, HEIGHT, WIDTH), 3.0)
     flow[:, :40], flow[0, 40:80] = torch.nan, torch.inf
     pair = VideoFlow(0, frames[0], frames[0], flow, 1)
-    with FlowFilms(folder / "colours.mp4", 25) as output:
+    with FlowVideoWriter(folder / "colors.mp4", 25) as output:
         output.write(pair)
         assert output.scale == pytest.approx(3 * 2**0.5)
         output.write(dataclasses.replace(pair, flow=torch.full_like(flow, torch.nan)))  # no scale of its own
-    first, last = VideoReader(folder / "colours.mp4")
+    first, last = VideoReader(folder / "colors.mp4")
     assert first[:70].mean() > 250 > first[90:].mean() and last.mean() > 250
 
 
@@ -178,7 +178,7 @@ def flows(monkeypatch):
             for index, flow in enumerate(flows):
                 yield VideoFlow(index, frame, frame, flow, 1, backward_flow=flow.flip(2) if self.backward else None)
 
-    monkeypatch.setattr(predict_flow, "FlowVideo", Pairs)
+    monkeypatch.setattr("flow_inference.video.FlowVideo", Pairs)
     return flows
 
 
@@ -189,9 +189,9 @@ def far(share: float, length: float = 700.0) -> torch.Tensor:
     return flow
 
 
-def test_flow_that_a_kitti_file_cannot_hold_is_reported(film, flows, capsys):
+def test_flow_that_a_kitti_file_cannot_hold_is_reported(clip, flows, capsys):
     """In one line: the mean share over the files, and what to do."""
-    folder, _, arguments = film
+    folder, _, arguments = clip
     flows += [far(0), far(0.5), far(0.25)]
     words = [*arguments, str(folder / "frames"), "--output", str(folder / "flow"), "--format"]
     predict_flow.main([*words, "kitti"])
@@ -251,9 +251,9 @@ def test_frames_too_large_for_a_flow_file_are_refused_before_any_flow(job, monke
         next(frame_sources.read_frames([np.zeros((HEIGHT, WIDTH, 3), np.uint8)]))
 
 
-def test_max_side_gives_flow_in_pixels_of_the_frames(film):
+def test_max_side_gives_flow_in_pixels_of_the_frames(clip):
     """The same motion, whether it is estimated on large or reduced frames: a shift of 6 pixels."""
-    folder, _, arguments = film
+    folder, _, arguments = clip
     large = moving_shapes(2, 262, 308, [(6, 0)]).frames
     for name, frame in zip(("c.png", "d.png"), large, strict=True):
         Image.fromarray(frame).save(folder / name)
@@ -287,9 +287,9 @@ def test_flat_images_are_reported(job, capsys):
     assert "in 1 pair a frame is of one color, so nothing can be matched" in capsys.readouterr().out
 
 
-def test_images_of_a_shell_pattern_are_a_sequence(film):
+def test_images_of_a_shell_pattern_are_a_sequence(clip):
     """In natural order of their names, whatever order the shell gives; and the same as the folder of them."""
-    folder, _, arguments = film
+    folder, _, arguments = clip
     paths = sorted(str(path) for path in (folder / "frames").iterdir())  # f10 before f8
     predict_flow.main([*arguments, *paths, "--output", str(folder / "results.v1")])
     predict_flow.main([*arguments, str(folder / "frames"), "--output", f"{folder / 'results.mp4'}/"])
@@ -316,7 +316,7 @@ def test_images_of_a_shell_pattern_are_a_sequence(film):
         ({0: "--num_flow_updates=0"}, "at least 1; got 0"),
         ({0: "--max_side=50"}, "max_side must be at least 64; got 50"),
         ({0: "--mixed_precision=fp16"}, "fp16 needs a GPU"),
-        ({0: "--colour_scale=2"}, "--colour_scale has no use here: no colours are written"),
+        ({0: "--colour_scale=2"}, "--color_scale has no use here: no colors are written"),
         ({0: "--frame_rate=2"}, "--frame_rate has no use here: no video is written"),
         ({0: "--no_warm_start"}, "--no_warm_start has no use here: two images have no pair before them"),
         ({0: "c.mp4"}, "c.mp4 is no image; give images only"),
@@ -342,10 +342,10 @@ def test_mistakes_are_named(job, change, message, capsys):
     assert not (folder / "out.flo").exists()
 
 
-def test_mistakes_with_films_are_named(film, capsys):
-    folder, frames, arguments = film
+def test_mistakes_with_videos_are_named(clip, capsys):
+    folder, frames, arguments = clip
     Image.fromarray(frames[0]).save(folder / "frames" / "f8.jpg")
-    before = (folder / "film.mp4").read_bytes()
+    before = (folder / "clip.mp4").read_bytes()
     (folder / "beside").mkdir()
     for name in ("a", "a_backward", "b"):
         Image.fromarray(frames[0]).save(folder / "beside" / f"{name}.png")
@@ -363,23 +363,23 @@ def test_mistakes_with_films_are_named(film, capsys):
         (f"{folder / 'one' / 'a.png'} --output {folder / 'x'}", "a.png is one image; flow takes two frames"),
         (f"{folder / 'frames'} --output {folder / 'x.flo'}", "must be a folder, or a video ending in"),
         (f"--video rtsp://camera --output {folder / 'x'}", "rtsp://camera is a URL; download it"),
-        (f"{folder / 'film.mp4'} --output {folder / 'x'}", "film.mp4 is a video: give it with --video"),
-        (f"--video {folder / 'film.mp4'} --output {folder / 'film.mp4'}", "film.mp4 is read, and would be overwr"),
-        (f"--video {folder / 'film.mp4'} --output {folder / 'x.mp4'} --colour_scale -1", "must be positive and fin"),
+        (f"{folder / 'clip.mp4'} --output {folder / 'x'}", "clip.mp4 is a video: give it with --video"),
+        (f"--video {folder / 'clip.mp4'} --output {folder / 'clip.mp4'}", "clip.mp4 is read, and would be overwr"),
+        (f"--video {folder / 'clip.mp4'} --output {folder / 'x.mp4'} --colour_scale -1", "must be positive and fin"),
         (f"{folder / 'one'} --output {folder / 'x'}", "flow takes two frames, and there is one"),
         (f"{folder / 'empty'} --output {folder / 'x'}", "no images in this folder"),
         (f"--video {folder / 'text.mp4'} --output {folder / 'x'}", "text.mp4"),
-        (f"--video {folder / 'film.mp4'} --output {folder / 'x.mp4'} --format flo", "a video is of colours"),
+        (f"--video {folder / 'clip.mp4'} --output {folder / 'x.mp4'} --format flo", "a video is of colors"),
     ):
         with pytest.raises(SystemExit) as error:
             predict_flow.main([*arguments, *words.split()])
         assert message in capsys.readouterr().err + str(error.value)
         assert not (folder / "x").exists() and not list(folder.glob("x.*"))
-    assert (folder / "film.mp4").read_bytes() == before
+    assert (folder / "clip.mp4").read_bytes() == before
 
 
-def test_what_was_done_before_a_fault_stays(film, capsys):
-    folder, frames, arguments = film
+def test_what_was_done_before_an_error_stays(clip, capsys):
+    folder, frames, arguments = clip
     (folder / "frames" / "f11.png").write_bytes(b"no image")
     for output in ("flow", "flow.mp4"):
         with pytest.raises(SystemExit) as error:

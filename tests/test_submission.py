@@ -261,4 +261,4 @@ def test_frames_of_two_sizes_are_named(model_dir, tmp_path):
             f"--model {model_dir} --dataset sintel_clean --data_dir {tmp_path / 'sintel_clean'} "
             f"--submission {tmp_path / 'out'}"
         )
-    assert "wall/frame_0010: both frames must have one size (h x w); got 66 x 75 and 64 x 80" in str(error.value)
+    assert "wall/frame_0010: frames must have one size (h x w); got 66 x 75 and 64 x 80" in str(error.value)

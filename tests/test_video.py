@@ -13,8 +13,7 @@ from test_modeling_raft import tiny_config
 import flow_inference.devices
 from flow_inference import FlowVideo, predict_pair
 from flow_inference.devices import autocast
-from flow_inference.held_frames import is_held
-from flow_inference.scene_cuts import SceneWatch, photometric_error
+from flow_inference.frame_changes import SceneCutDetector, is_duplicate, photometric_error
 from flow_inference.video_files import VideoReader, VideoWriter
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
@@ -67,7 +66,7 @@ def test_without_warm_start_it_is_pair_by_pair(model, shapes):
     for pair in pairs:
         frame1, frame2 = shapes.frames[pair.index : pair.index + 2]
         assert np.array_equal(pair.frame1, frame1) and np.array_equal(pair.frame2, frame2)
-        assert (pair.num_flow_updates, pair.warm, pair.held) == (3, False, False)
+        assert (pair.num_flow_updates, pair.warm, pair.duplicate) == (3, False, False)
         torch.testing.assert_close(pair.flow, predict_pair(model, frame1, frame2, 3), atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(pair.backward_flow, predict_pair(model, frame2, frame1, 3), atol=1e-3, rtol=1e-4)
         assert pair.occluded.shape == pair.consistency_error.shape == (136, 150)
@@ -102,9 +101,9 @@ def remembered(tensor: torch.Tensor, references: list) -> torch.Tensor:
 
 
 def test_a_pair_starts_from_where_the_flow_has_moved(model, shapes, calls, monkeypatch):
-    """The start is the flow of the pair before, carried along itself, shortened; held against a plain form of both."""
+    """The start is the flow of the pair before, moved along itself and shrunk; compared with a plain form of both."""
     video = FlowVideo(model, shapes.frames[:3], num_flow_updates=3, warm_num_flow_updates=2, mixed_precision="no")
-    monkeypatch.setattr("flow_inference.video.SceneWatch.jumps", lambda self, error: False)
+    monkeypatch.setattr("flow_inference.video.SceneCutDetector.is_cut", lambda self, error: False)
     states = []
     updates = model.updates
     monkeypatch.setattr(model, "updates", lambda *args: states.append(list(updates(*args))) or states[-1])
@@ -125,9 +124,9 @@ def test_a_pair_starts_from_where_the_flow_has_moved(model, shapes, calls, monke
 
 
 def test_the_way_back_starts_from_the_way_there(model, shapes, calls, monkeypatch):
-    monkeypatch.setattr("flow_inference.video.SceneWatch.jumps", lambda self, error: False)
+    monkeypatch.setattr("flow_inference.video.SceneCutDetector.is_cut", lambda self, error: False)
     pairs = list(
-        FlowVideo(model, shapes.frames[:2], backward=True, num_flow_updates=3, warm_num_flow_updates=1, shortened_by=0)
+        FlowVideo(model, shapes.frames[:2], backward=True, num_flow_updates=3, warm_num_flow_updates=1, shrink_by=0)
     )
     assert calls["updates"] == [3, 1]
     forward = torch.nn.functional.avg_pool2d(pairs[0].flow[None], 8).mean((0, 2, 3)) / 8
@@ -146,17 +145,17 @@ def test_a_jump_is_estimated_again_and_ends_the_scene(model, shapes, calls, monk
 
 
 def test_a_jump_is_measured_by_its_scene():
-    watch = SceneWatch()
-    assert watch.jumps(41) and not watch.jumps(39)  # of a first pair
-    watch.remember(2)
-    assert watch.jumps(13) and not watch.jumps(11)
+    detector = SceneCutDetector()
+    assert detector.is_cut(41) and not detector.is_cut(39)  # of a first pair
+    detector.update(2)
+    assert detector.is_cut(13) and not detector.is_cut(11)
     for _ in range(30):
-        watch.remember(10)
-    assert watch.jumps(31) and not watch.jumps(29)
-    watch.remember(30)  # an outlier raises what is usual a little
-    assert not watch.jumps(41) and watch.jumps(43)
-    watch.forget()
-    assert not watch.jumps(39)
+        detector.update(10)
+    assert detector.is_cut(31) and not detector.is_cut(29)
+    detector.update(30)  # an outlier raises what is usual a little
+    assert not detector.is_cut(41) and detector.is_cut(43)
+    detector.reset()
+    assert not detector.is_cut(39)
 
 
 def test_photometric_error_is_what_flow_does_not_explain():
@@ -180,7 +179,7 @@ def test_a_new_scene_is_measured_anew(model, shapes, monkeypatch):
     assert [(pair.cut, pair.warm) for pair in pairs] == [(False, False), (False, False), (False, True), (False, True)]
 
 
-def test_slow_drift_and_fades_are_not_held_for_ever(model):
+def test_slow_drift_and_fades_are_not_duplicates_for_ever(model):
     """Each frame is nearly a copy of the one before it, and the last none of the first."""
     texture = moving_shapes(1, 144, 256 + 16, [(0, 0)]).frames[0]
     drifting = [
@@ -189,9 +188,9 @@ def test_slow_drift_and_fades_are_not_held_for_ever(model):
     ]
     fading = [(texture[:, :256] * 0.992**i).astype(np.uint8) for i in range(12)]
     for frames in (drifting, fading):
-        assert is_held(frames[0], frames[1]) and not is_held(frames[0], frames[-1])
-        held = [pair.held for pair in FlowVideo(model, frames, num_flow_updates=1, warm_num_flow_updates=1)]
-        assert any(held) and not all(held)
+        assert is_duplicate(frames[0], frames[1]) and not is_duplicate(frames[0], frames[-1])
+        duplicates = [pair.duplicate for pair in FlowVideo(model, frames, num_flow_updates=1, warm_num_flow_updates=1)]
+        assert any(duplicates) and not all(duplicates)
 
 
 def test_a_generator_may_use_one_buffer_for_all_frames(model, shapes):
@@ -204,7 +203,7 @@ def test_a_generator_may_use_one_buffer_for_all_frames(model, shapes):
     options = {"num_flow_updates": 1, "warm_num_flow_updates": 1}
     expected = list(FlowVideo(model, shapes.frames, **options))
     for pair, other in zip(FlowVideo(model, frames(), **options), expected, strict=True):
-        assert torch.equal(pair.flow, other.flow) and np.array_equal(pair.frame1, other.frame1) and not pair.held
+        assert torch.equal(pair.flow, other.flow) and np.array_equal(pair.frame1, other.frame1) and not pair.duplicate
 
 
 @pytest.mark.slow
@@ -228,39 +227,43 @@ def test_cuts_and_motion_on_real_weights(sample_weights):
         assert warm[index] < 1.1 * cold[index] + 0.05 < 1
 
 
-def test_held_frames_have_no_flow_and_keep_the_motion(model, shapes, calls):
+def test_duplicate_frames_have_no_flow_and_keep_the_motion(model, shapes, calls):
     on_twos = np.repeat(shapes.frames[:4], 2, axis=0)
     pairs = list(FlowVideo(model, on_twos, num_flow_updates=3, warm_num_flow_updates=2, backward=True))
-    assert [pair.held for pair in pairs] == [True, False] * 3 + [True]
+    assert [pair.duplicate for pair in pairs] == [True, False] * 3 + [True]
     for pair in pairs[::2]:
         assert not pair.flow.any() and not pair.backward_flow.any() and not pair.occluded.any()
         assert pair.num_flow_updates == 0 and not pair.consistency_error.any()
-    # What is not held is as if nothing was.
+    # Without the copies, the flow is the same.
     alone = list(FlowVideo(model, shapes.frames[:4], num_flow_updates=3, warm_num_flow_updates=2))
     for pair, expected in zip(pairs[1::2], alone, strict=True):
         torch.testing.assert_close(pair.flow, expected.flow)
     assert calls["features"] == 4 + 4
-    assert not any(pair.held for pair in FlowVideo(model, on_twos, num_flow_updates=1, held_tolerance=None))
+    assert not any(pair.duplicate for pair in FlowVideo(model, on_twos, num_flow_updates=1, duplicate_tolerance=None))
 
 
-def test_compressed_copies_are_held_and_slow_motion_is_not(tmp_path):
+def test_compressed_copies_are_duplicates_and_slow_motion_is_not(tmp_path):
     frames = moving_shapes(3, 144, 256, [(1, 0), (-1, 1)]).frames
-    with VideoWriter(tmp_path / "held.mp4", 24) as video:
+    with VideoWriter(tmp_path / "copies.mp4", 24) as video:
         for frame in frames.repeat(3, axis=0):
             video.write(frame)
-    decoded = list(VideoReader(tmp_path / "held.mp4"))
-    held = [is_held(*pair) for pair in zip(decoded[:-1], decoded[1:], strict=True)]
-    assert held == [True, True, False] * 2 + [True, True]
+    decoded = list(VideoReader(tmp_path / "copies.mp4"))
+    duplicates = [is_duplicate(*pair) for pair in zip(decoded[:-1], decoded[1:], strict=True)]
+    assert duplicates == [True, True, False] * 2 + [True, True]
     noise = np.random.default_rng(0).normal(0, 1, (2, 144, 256, 3))
     noisy = [(frames[0] + each).round().clip(0, 255).astype(np.uint8) for each in noise]
-    assert is_held(*noisy) and not is_held(*noisy, tolerance=0) and is_held(noisy[0], noisy[0], tolerance=0)
+    assert (
+        is_duplicate(*noisy)
+        and not is_duplicate(*noisy, tolerance=0)
+        and is_duplicate(noisy[0], noisy[0], tolerance=0)
+    )
     flat = [(100 + each).round().clip(0, 255).astype(np.uint8) for each in noise]  # no slope that would explain it
-    assert is_held(*flat) and not is_held(flat[0], flat[1] + 3)
+    assert is_duplicate(*flat) and not is_duplicate(flat[0], flat[1] + 3)
     shifted = cv2.warpAffine(frames[0], np.float32([[1, 0, 0.3], [0, 1, 0]]), (256, 144), flags=cv2.INTER_CUBIC)
-    assert not is_held(frames[0], shifted)
+    assert not is_duplicate(frames[0], shifted)
     blinking = frames[0].copy()
     blinking[40:52, 60:72] = 255 - blinking[40:52, 60:72]
-    assert not is_held(frames[0], blinking)
+    assert not is_duplicate(frames[0], blinking)
 
 
 def test_frames_come_from_anywhere(model, shapes, tmp_path):
@@ -312,15 +315,15 @@ def test_all_of_a_frame_of_one_color_counts_as_occluded(model):
         if expected:
             assert pair.occluded.all() and pair.consistency_error.isinf().all()
     (pair,) = FlowVideo(model, [flat, flat], num_flow_updates=1, backward=True)
-    assert pair.held and not pair.flow.any() and not pair.occluded.any()  # it is known that nothing has moved
+    assert pair.duplicate and not pair.flow.any() and not pair.occluded.any()  # it is known that nothing has moved
 
 
 def test_bad_settings_are_named(model):
     for options, message in (
         ({"num_flow_updates": 0}, "num_flow_updates must be at least 1; got 0"),
         ({"warm_num_flow_updates": 0}, "warm_num_flow_updates must be at least 1"),
-        ({"shortened_by": -1}, "shortened_by must be at least 0"),
-        ({"held_tolerance": -0.1}, "held_tolerance must be at least 0"),
+        ({"shrink_by": -1}, "shrink_by must be at least 0"),
+        ({"duplicate_tolerance": -0.1}, "duplicate_tolerance must be at least 0"),
         ({"max_side": 56}, "max_side must be at least 64; got 56"),
         ({"min_side": 0}, "min_side must be at least 1; got 0"),
         (

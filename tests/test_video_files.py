@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
-from flow_inference.video_files import VIDEO_SUFFIXES, WRITTEN_FORMATS, VideoReader, VideoWriter, is_video
+from flow_data.file_names import VIDEO_SUFFIXES, WRITTEN_FORMATS, is_video
+from flow_inference.video_files import VideoReader, VideoWriter
 
 FILM = Fraction(24000, 1001)
 LOSS = 5  # grey levels that coding may cost in the mean of a frame
 
 
 def moving_pattern(num_frames, height=96, width=128):
-    """Frames `(N, H, W, 3)` of a texture that moves 3 pixels a frame; its brightness varies, as colour is coarse."""
+    """Frames `(N, H, W, 3)` of a texture that moves 3 pixels a frame; its brightness varies, as color is coarse."""
     texture = np.random.default_rng(0).normal(0, 1, (height, width + 3 * num_frames))
     texture = cv2.GaussianBlur(texture, (0, 0), 2)
     texture = np.clip(128 + 45 * texture / texture.std() + np.array([[[-30]], [[0]], [[30]]]), 0, 255)
@@ -42,8 +43,8 @@ def encode(path, frames, codec="libx264", pixels="yuv420p", title=""):
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture.reformat(format=pixels)))
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(image.reformat(format=pixels)))
         container.mux(stream.encode(None))
     return path
 
@@ -80,11 +81,11 @@ def test_frame_rates_are_exact(tmp_path, rate):
     assert video.frame_rate == Fraction(rate).limit_denominator(10**6)
 
 
-def test_colours_keep_their_brightness_and_hue(tmp_path):
-    """Of all RGB corners, as the file's own colour matrix is used by writer and reader; within coding noise."""
+def test_colors_keep_their_brightness_and_hue(tmp_path):
+    """Of all RGB corners, as the file's own color matrix is used by writer and reader; within coding noise."""
     corners = np.array(np.meshgrid([0, 255], [0, 255], [0, 255])).reshape(3, 8).T.astype(np.uint8)
-    picture = np.ascontiguousarray(corners.repeat(16, 0)[None].repeat(32, 0))
-    (back,) = VideoReader(write_video(tmp_path / "a.mp4", [picture]))
+    image = np.ascontiguousarray(corners.repeat(16, 0)[None].repeat(32, 0))
+    (back,) = VideoReader(write_video(tmp_path / "a.mp4", [image]))
     assert np.abs(back[:, 8::16].astype(int) - corners).max() <= 6
 
 
@@ -119,12 +120,12 @@ def test_other_formats_are_read(tmp_path, suffix, codec, pixels):
         frames = frames[..., :1].repeat(3, axis=-1)
     back = list(VideoReader(encode(tmp_path / f"a{suffix}", frames, codec, pixels)))
     assert len(back) == 12
-    assert difference(back, frames).max() < 20  # 8 colour bits in the gif
+    assert difference(back, frames).max() < 20  # 8 color bits in the gif
 
 
 @pytest.mark.parametrize(("matrix", "turned"), [
-    ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),  # (x, y) -> (-y, x), y down: clockwise, as phones store it
-    ((-1, 0, 0, -1), lambda picture: np.rot90(picture, 2)),
+    ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),  # (x, y) -> (-y, x), y down: clockwise, as phones store it
+    ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
     ((0, -1, 1, 0), np.rot90),
 ])  # fmt: skip
 def test_turned_videos_are_turned_back(tmp_path, matrix, turned):
@@ -262,7 +263,7 @@ def test_sound_alone_is_no_video(tmp_path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         container.mux([*stream.encode(silence()), *stream.encode(None)])
-    with pytest.raises(ValueError, match="a.mp4: expected a video, and there is no moving picture in it, only audio"):
+    with pytest.raises(ValueError, match="a.mp4: must be a video, and there are no moving images in it, only audio"):
         VideoReader(path)
 
 
@@ -273,10 +274,10 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
         cover = container.add_stream("mjpeg", rate=1)
         cover.height, cover.width, cover.pix_fmt = 32, 32, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
-        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-        container.mux(cover.encode(picture.reformat(format="yuvj420p")))
+        image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux(cover.encode(image.reformat(format="yuvj420p")))
         container.mux([*cover.encode(None), *sound.encode(silence()), *sound.encode(None)])
-    with pytest.raises(ValueError, match="a.mp4: expected a video, and there is no moving picture in it, only audio"):
+    with pytest.raises(ValueError, match="a.mp4: must be a video, and there are no moving images in it, only audio"):
         VideoReader(path)
 
 
@@ -290,8 +291,8 @@ def test_of_two_videos_the_one_that_players_show_is_read(tmp_path):
             stream.disposition = av.stream.Disposition.default if default else av.stream.Disposition(0)
         for stream, value in zip(container.streams.video, (0, 200), strict=True):
             for _ in range(3):
-                picture = np.full((32, stream.width, 3), value, np.uint8)
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
+                image = np.full((32, stream.width, 3), value, np.uint8)
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
     frames = list(VideoReader(path))
@@ -372,9 +373,9 @@ import numpy as np
 from flow_inference.video_files import VideoWriter
 video = VideoWriter(sys.argv[1], 24)
 for number in range(96):
-    picture = np.zeros((72, 128, 3), np.uint8)
-    picture[:, :number] = 200
-    video.write(picture)
+    image = np.zeros((72, 128, 3), np.uint8)
+    image[:, :number] = 200
+    video.write(image)
 print("written", flush=True)
 time.sleep(100)
 """
@@ -406,7 +407,7 @@ def test_an_older_video_stays_until_the_new_one_is_whole(tmp_path):
     assert len(list(VideoReader(path))) == 5
 
 
-def test_without_a_picture_there_is_no_file(tmp_path):
+def test_without_an_image_there_is_no_file(tmp_path):
     VideoWriter(tmp_path / "a.mp4", 25).close()
     assert list(tmp_path.iterdir()) == []
 
@@ -423,21 +424,21 @@ def test_a_full_disk_is_named(tmp_path):
     assert not path.exists()
 
 
-def test_bad_pictures_are_refused_and_the_good_ones_kept(tmp_path):
+def test_bad_images_are_refused_and_the_good_ones_kept(tmp_path):
     path = tmp_path / "a.mp4"
     good = moving_pattern(1)[0]
     bad = {
-        "expected .H, W, 3. uint8 pictures; got .96, 128. uint8": good[..., 0],
-        "expected .H, W, 3. uint8 pictures; got .96, 128, 3. float32": good.astype(np.float32),
-        "expected .H, W, 3. uint8 pictures; got .96, 128, 4. uint8": good[..., [0, 1, 2, 2]],
-        "expected .H, W, 3. uint8 pictures; got .0, 128, 3. uint8": good[:0],
+        "images must be .H, W, 3. uint8; got .96, 128. uint8": good[..., 0],
+        "images must be .H, W, 3. uint8; got .96, 128, 3. float32": good.astype(np.float32),
+        "images must be .H, W, 3. uint8; got .96, 128, 4. uint8": good[..., [0, 1, 2, 2]],
+        "images must be .H, W, 3. uint8; got .0, 128, 3. uint8": good[:0],
         "one size; got 95 x 128 after 96 x 128": good[1:],
     }
     with VideoWriter(path, 25) as video:
         video.write(good)
-        for message, picture in bad.items():
+        for message, image in bad.items():
             with pytest.raises(ValueError, match=f"a.mp4: .*{message}"):
-                video.write(picture)
+                video.write(image)
         video.write(good[:, ::-1])  # not contiguous
     with pytest.raises(ValueError, match="a.mp4: the video is closed"):
         video.write(good)

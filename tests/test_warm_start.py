@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flow_inference.warm_start import project_forward, shorten
+from flow_inference.warm_start import forward_interpolate, shrink_flow
 
 
 def smooth_flow(seed: int, height: int, width: int, coarseness: int, strength: float) -> torch.Tensor:
@@ -38,7 +38,7 @@ def landed_points(flow: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 def test_every_point_gets_the_value_of_the_nearest(seed, height, width, coarseness, strength):
     flow = smooth_flow(seed, height, width, coarseness, strength)
     numbers = torch.arange(1.0, height * width + 1).reshape(1, 1, height, width)
-    received = project_forward(flow, numbers).flatten().long().numpy() - 1
+    received = forward_interpolate(flow, numbers).flatten().long().numpy() - 1
     landed, inside = landed_points(flow)
     if not inside.any():
         assert (received == -1).all()
@@ -54,27 +54,27 @@ def test_a_shift_shifts_and_leaves_its_edge():
     flow = torch.zeros(1, 2, 6, 9)
     flow[:, 0] = 3  # to the right
     values = torch.arange(9.0).expand(1, 1, 6, 9)
-    moved = project_forward(flow, values)[0, 0]
+    moved = forward_interpolate(flow, values)[0, 0]
     # The first column lands in column 3; what lies left of it takes the nearest.
     assert moved[0].tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5]
 
 
 def test_batches_are_projected_one_by_one():
     flows = torch.cat([smooth_flow(seed, 12, 17, 3, 2.0) for seed in (1, 2)])
-    expected = torch.cat([project_forward(flow[None]) for flow in flows])
-    assert torch.equal(project_forward(flows), expected)
+    expected = torch.cat([forward_interpolate(flow[None]) for flow in flows])
+    assert torch.equal(forward_interpolate(flows), expected)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 def test_what_is_not_finite_lands_nowhere(value):
     flow = torch.zeros(1, 2, 5, 5)
     flow[0, :, 2, 2] = value
-    assert torch.equal(project_forward(flow), torch.zeros_like(flow))
-    assert torch.equal(project_forward(torch.full_like(flow, value)), torch.zeros_like(flow))
+    assert torch.equal(forward_interpolate(flow), torch.zeros_like(flow))
+    assert torch.equal(forward_interpolate(torch.full_like(flow, value)), torch.zeros_like(flow))
 
 
 def test_shortened_vectors_keep_their_direction():
     flow = torch.tensor([[3.0, 0.3, 0.0], [4.0, -0.4, 0.0]]).reshape(1, 2, 1, 3)
-    shortened = shorten(flow, 1.0)[0, :, 0].T
+    shortened = shrink_flow(flow, 1.0)[0, :, 0].T
     torch.testing.assert_close(shortened, torch.tensor([[2.4, 3.2], [0.0, 0.0], [0.0, 0.0]]))
-    assert torch.equal(shorten(flow, 0.0), flow)
+    assert torch.equal(shrink_flow(flow, 0.0), flow)

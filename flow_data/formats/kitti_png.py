@@ -4,11 +4,11 @@ Red is u, green v, blue is 0 where flow is unknown (KITTI's development kit). Op
 Pillow cuts them to 8 bits.
 """
 
-import cv2
 import numpy as np
 
 from flow_data.formats.flow_format import FlowFormat
 from flow_data.formats.png import PNG_RGB, plain_png, read_png
+from flow_data.optional_packages import needs_extra
 
 OFFSET, SCALE = 2**15, 64
 KITTI_LIMITS = (-OFFSET / SCALE, (OFFSET - 1) / SCALE)  # pixels: -512 and 511.984375
@@ -33,6 +33,8 @@ def decode_kitti_png(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{name}: not a flow: it must be a 16-bit RGB PNG; got a {header}")
     if header.interlace:
         raise ValueError(f"{name}: not a flow: a PNG must not be interlaced; got an interlaced one")
+    with needs_extra("video"):
+        import cv2
     codes = cv2.imdecode(np.frombuffer(plain_png(png, name), np.uint8), cv2.IMREAD_UNCHANGED)
     if codes is None or codes.dtype != np.uint16 or codes.shape != (header.height, header.width, 3):
         received = None if codes is None else f"{codes.dtype} {codes.shape}"
@@ -57,6 +59,8 @@ def encode_kitti_png(flow: np.ndarray, valid: np.ndarray) -> tuple[bytes, np.nda
     codes = np.rint(np.where(valid[..., None], flow, np.float32(0)) * np.float32(SCALE)) + np.float32(OFFSET)  # exact
     valid = valid & ((codes >= 0) & (codes < 2**16)).all(axis=-1)
     codes = np.where(valid[..., None], codes, 0).astype(np.uint16)  # KITTI's own files: 0 in all three channels
+    with needs_extra("video"):
+        import cv2
     encoded, buffer = cv2.imencode(".png", np.dstack([valid.astype(np.uint16), codes[..., 1], codes[..., 0]]))
     if not encoded:
         raise ValueError(f"OpenCV cannot encode a PNG of {flow.shape[1]} x {flow.shape[0]}")

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from flow_data.pairing import natural_order
+from flow_data.file_names import natural_order
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 PICTURE_ZOOM = (0.7, 2.0)  # picture pixels per frame pixel, where the picture is large enough

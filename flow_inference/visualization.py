@@ -1,4 +1,4 @@
-"""Pictures of a prediction beside the truth."""
+"""Visualization of predicted flow beside ground truth."""
 
 import math
 
@@ -20,10 +20,10 @@ from flow_data.visualize import (
 )
 
 WHITE_ERROR = 3.0  # pixels; Fl counts errors from there on
-UNKNOWN_ERROR = (60, 80, 150)  # blue: the errors are grey
+UNKNOWN_ERROR = (60, 80, 150)  # blue, since errors are gray
 TITLES = ("frame 1", "true flow", "predicted flow", "error")
-WIDTH_OF_SCALE_1 = 400  # wider pictures get larger text, as they are looked at from further away
-BAR_SIZE = (12, 120)  # height and width of the errors' scale in pixels, at scale 1
+WIDTH_OF_SCALE_1 = 400  # wider images get larger text, as they are shown smaller
+BAR_SIZE = (12, 120)  # height and width of the scale of errors in pixels, at scale 1
 
 
 def draw_comparison(
@@ -34,7 +34,7 @@ def draw_comparison(
     max_length: float | None = None,
     white_error: float = WHITE_ERROR,
 ) -> np.ndarray:
-    """Frame 1, true flow, predicted flow on the same scale, and where they differ, side by side.
+    """Draw frame 1, true flow, predicted flow on the same scale, and the error, side by side.
 
     Args:
         image1: `(H, W, 3)` uint8.
@@ -45,8 +45,8 @@ def draw_comparison(
         white_error: Pixels, the error that is white, as are larger ones.
 
     Returns:
-        `(H, 4 * W + 3 * GAP, 3)` uint8. The error is black where it is zero, white from `white_error` on, grey between
-        them, and blue where the truth is unknown.
+        `(H, 4 * W + 3 * GAP, 3)` uint8. The error is black where it is zero, white from `white_error` on, gray between
+        them, and blue where the ground truth is unknown.
 
     Raises:
         ValueError: The four differ in size, or a scale is not a positive number.
@@ -64,16 +64,16 @@ def compare(
     max_length: float | None = None,
     white_error: float = WHITE_ERROR,
 ) -> np.ndarray:
-    """The parts of `draw_comparison` with their titles above, and the scales of flow and error below.
+    """Draw the parts of `draw_comparison` with titles above them, and the scales of flow and error below them.
 
     Args:
-        image1: As for `draw_comparison`, as are the others.
+        image1: As in `draw_comparison`, as are all arguments.
 
     Returns:
-        `(h, w, 3)` uint8: wider than `draw_comparison`'s where the pictures are narrower than their legends.
+        `(h, w, 3)` uint8: wider than `draw_comparison`'s where the images are narrower than their legends.
 
     Raises:
-        ValueError: As `draw_comparison`.
+        ValueError: As `draw_comparison` raises it.
     """
     if max_length is None:
         max_length = common_length(flow_gt, valid, flow_pred)
@@ -82,16 +82,16 @@ def compare(
     columns = [stack_rows([draw_text(title, scale), part]) for title, part in zip(TITLES, parts, strict=True)]
     row = join_row(columns)
 
-    wheel, greys = draw_legend(max_length, scale), draw_error_legend(white_error, scale)
-    height = max(len(wheel), len(greys))
+    wheel, grays = draw_legend(max_length, scale), draw_error_legend(white_error, scale)
+    height = max(len(wheel), len(grays))
     below_truth = pad_image(wheel, height, sum(column.shape[1] + GAP for column in columns[1:3]) - GAP)
     left = np.full((height, columns[0].shape[1], 3), 255, np.uint8)
-    strip = join_row([left, below_truth, pad_image(greys, height, 0)])
+    strip = join_row([left, below_truth, pad_image(grays, height, 0)])
     return stack_rows([pad_image(row, 0, strip.shape[1]), strip])
 
 
 def common_length(flow_gt: np.ndarray, valid: np.ndarray, flow_pred: Tensor) -> float:
-    """Pixels of the longest vector, known or predicted: the scale on which both can be drawn.
+    """Return the length of the longest known or predicted vector in pixels, on which scale both can be drawn.
 
     Args:
         flow_gt: `(H, W, 2)`, pixels.
@@ -107,7 +107,7 @@ def common_length(flow_gt: np.ndarray, valid: np.ndarray, flow_pred: Tensor) -> 
 
 
 def draw_error_legend(white_error: float = WHITE_ERROR, scale: float = 1) -> np.ndarray:
-    """The greys of the errors with pixels below them, and the colour of what is unknown.
+    """Draw the grays of the errors with pixels below them, and the color of unknown ground truth.
 
     Args:
         white_error: Pixels, the error that is white.
@@ -125,19 +125,19 @@ def draw_error_legend(white_error: float = WHITE_ERROR, scale: float = 1) -> np.
 
     left = labels[0].shape[1] // 2
     tick = round(4 * scale)
-    picture = np.full((height + tick + len(labels[0]), left + width + labels[2].shape[1], 3), 255, np.uint8)
-    picture[:height, left : left + width] = bar
+    image = np.full((height + tick + len(labels[0]), left + width + labels[2].shape[1], 3), 255, np.uint8)
+    image[:height, left : left + width] = bar
     for label, position in zip(labels, (0, (width - stroke) // 2, width - stroke), strict=True):
         x = left + position
-        picture[height : height + tick, x : x + stroke] = 0
-        # the last one goes on to the right: from its number on, not its middle, it is at its tick
+        image[height : height + tick, x : x + stroke] = 0
+        # The last label extends to the right: its number is centered at the tick, not the whole text.
         start = x - (labels[0] if label is labels[2] else label).shape[1] // 2
-        picture[height + tick : height + tick + len(label), start : start + label.shape[1]] = label
+        image[height + tick : height + tick + len(label), start : start + label.shape[1]] = label
 
     text = draw_text("truth unknown", scale)
     swatch = np.full((len(text), len(text), 3), UNKNOWN_ERROR, np.uint8)
     _outline(swatch, stroke)
-    return stack_rows([picture, join_row([swatch, text])])
+    return stack_rows([image, join_row([swatch, text])])
 
 
 def _draw_parts(
@@ -148,17 +148,17 @@ def _draw_parts(
     max_length: float,
     white_error: float,
 ) -> list[np.ndarray]:
-    """Frame, truth, prediction and error, each `(H, W, 3)` uint8."""
+    """Draw frame, ground truth, prediction and error, each `(H, W, 3)` uint8."""
     _check_sizes(image1.shape[:2], flow_gt=flow_gt.shape[:2], valid=valid.shape, flow_pred=flow_pred.shape[1:])
     if not (math.isfinite(white_error) and white_error > 0):
         raise ValueError(f"white_error must be a positive number of pixels; got {white_error}")
     truth = torch.from_numpy(flow_gt).permute(2, 0, 1)
     flow_pred = flow_pred.cpu().to(truth.dtype)
-    truth_picture, pred_picture = draw_flow(torch.stack([truth, flow_pred]), max_length)
+    truth_image, pred_image = draw_flow(torch.stack([truth, flow_pred]), max_length)
     error = torch.linalg.vector_norm(flow_pred - truth, dim=0).nan_to_num(nan=torch.inf, posinf=torch.inf).numpy()
-    grey = (np.clip(error / white_error, 0, 1) * 255).astype(np.uint8)[..., None]
-    error_picture = np.where(valid[..., None], grey, np.array(UNKNOWN_ERROR, np.uint8))
-    return [image1, mask_invalid(truth_picture, valid), pred_picture, error_picture]
+    gray = (np.clip(error / white_error, 0, 1) * 255).astype(np.uint8)[..., None]
+    error_image = np.where(valid[..., None], gray, np.array(UNKNOWN_ERROR, np.uint8))
+    return [image1, mask_invalid(truth_image, valid), pred_image, error_image]
 
 
 def _check_sizes(size: tuple[int, ...], **others: tuple[int, ...]) -> None:
@@ -167,6 +167,6 @@ def _check_sizes(size: tuple[int, ...], **others: tuple[int, ...]) -> None:
             raise ValueError(f"{name} must have the size of the others, {tuple(size)}; got {tuple(other)}")
 
 
-def _outline(picture: np.ndarray, stroke: int) -> None:
-    """Black edges, as white would not be seen on white."""
-    picture[:stroke] = picture[-stroke:] = picture[:, :stroke] = picture[:, -stroke:] = 0
+def _outline(image: np.ndarray, stroke: int) -> None:
+    """Draw black edges, without which white is invisible on white."""
+    image[:stroke] = image[-stroke:] = image[:, :stroke] = image[:, -stroke:] = 0

@@ -1,0 +1,29 @@
+"""Packages that only some installations have, and the extra of setup.cfg that brings them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PROJECT = "raft-flow-trainer"
+
+
+class MissingPackageError(ImportError):
+    """A package of an extra is not installed; the message is one line that says how to install it."""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Import packages of an extra: `with needs_extra("video"): import av`.
+
+    Args:
+        extra: Its name in setup.cfg.
+
+    Raises:
+        MissingPackageError: In the block, a package was imported that is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        raise MissingPackageError(
+            f"{package} is not installed; install it with: pip install '{PROJECT}[{extra}]'", name=error.name
+        ) from error

@@ -1,0 +1,84 @@
+"""Doors open at once: what a program does not need is not imported, and what is not installed is named."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "torchvision", "transformers", "accelerate", "datasets", "av", "h5py", "pandas", "cv2", "matplotlib"}
+HELP = "import sys; sys.argv = ['{0}', '--help']\ntry: import {0}; {0}.main()\nexcept SystemExit: pass"
+
+
+def run_python(code: str, blocked: set[str] = frozenset()) -> subprocess.CompletedProcess:
+    """Run a program in a process of its own, in which importing some packages fails as if they were not installed."""
+    block = f"import sys; sys.modules |= dict.fromkeys({sorted(blocked)!r})\n"
+    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True)
+
+
+def imported_packages(code: str) -> set[str]:
+    """Top-level names of the packages that a program has imported when it ends."""
+    result = run_python(f"{code}\nimport sys; print('imported', *(name for name in sys.modules if '.' not in name))")
+    assert result.returncode == 0, result.stderr
+    first, *names = result.stdout.splitlines()[-1].split()
+    assert first == "imported"
+    return set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["modeling_raft", "flow_inference"])
+def test_packages_import_little(package):
+    """Video, data sets and flow files of other projects are for those who use them."""
+    names = imported_packages(f"import {package}")
+    assert {"torch", "transformers", package} <= names
+    assert not names & {"datasets", "av", "h5py", "pandas", "cv2", "kornia_rs", "matplotlib"}
+
+
+@pytest.mark.parametrize("command", ["predict_flow"])
+def test_help_imports_nothing_heavy(command):
+    names = imported_packages(HELP.format(command))
+    assert command in names and not names & HEAVY
+
+
+def test_mistakes_are_found_before_heavy_imports():
+    code = "import sys; sys.argv = ['predict_flow', '--model', 'x', '--output', 'y']\nimport predict_flow\n"
+    names = imported_packages(f"{code}try: predict_flow.main()\nexcept SystemExit as error: assert error.code == 2")
+    assert not names & HEAVY
+
+
+@pytest.mark.slow
+def test_a_missing_extra_is_named_with_how_to_install_it(tmp_path):
+    (tmp_path / "in.mp4").write_bytes(b"")
+    code = "import predict_flow; predict_flow.main(['--model', 'x', '--output', {!r}, *{!r}])"
+    inputs = {str(tmp_path / "flow"): ["--video", str(tmp_path / "in.mp4")], str(tmp_path / "a.mp4"): [str(tmp_path)]}
+    (tmp_path / "1.png").write_bytes(b"")
+    for output, flags in inputs.items():
+        result = run_python(code.format(output, flags), blocked={"av"})
+        assert result.returncode == 1
+        assert result.stderr.splitlines() == [
+            "predict_flow.py: error: av is not installed; install it with: pip install 'raft-flow-trainer[video]'"
+        ]
+
+
+@pytest.mark.slow
+def test_frames_in_memory_and_flow_files_need_no_extra():
+    """A core installation predicts flow of a pair, and writes it."""
+    code = """
+import tempfile, numpy as np, torch
+from pathlib import Path
+from PIL import Image
+import predict_flow
+from modeling_raft import RaftConfig, RaftForOpticalFlow
+folder = Path(tempfile.mkdtemp())
+RaftForOpticalFlow(RaftConfig.small()).save_pretrained(folder / "model")
+for name in ("a.png", "b.png"):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / name)
+pair = [str(folder / name) for name in ("a.png", "b.png")]
+for name in ("flow.flo", "flow.npy", "flow.pfm", "flow.npz", "flow.png"):
+    flags = ["--model", str(folder / "model"), "--num_flow_updates", "1", "--output", str(folder / name)]
+    predict_flow.main([*flags, *pair])
+    assert (folder / name).is_file()
+"""
+    extras = {"datasets", "pyarrow", "cv2", "kornia_rs", "h5py", "tensorboard", "psutil", "jinja2", "av"}
+    extras |= {"matplotlib", "onnx", "onnxscript", "onnxruntime"}
+    result = run_python(code, blocked=extras)
+    assert result.returncode == 0, result.stderr
