@@ -70,6 +70,47 @@ def test_shipped_files_travel_with_an_installation(installation):
 
 
 @pytest.mark.slow
+def test_commands_and_type_hints_travel_with_an_installation(installation):
+    for command, module in (("predict-flow", "predict_flow"), ("evaluate-flow", "evaluate_flow")):
+        script = (installation.prefix / "bin" / command).read_text()
+        assert f"from {module} import main" in script
+    for package in ("modeling_raft", "flow_data", "flow_inference", "flow_training"):
+        assert (installation.packages / package / "py.typed").is_file()
+        for folder in (PROJECT / package).rglob("__init__.py"):  # a sub-package that is not installed, say
+            assert (installation.packages / folder.relative_to(PROJECT)).is_file()
+    printed = installation.run(
+        "import sys; sys.argv = ['predict-flow', '--help']; import predict_flow; predict_flow.main()"
+    )
+    assert printed.startswith("usage: predict-flow [-h]")
+
+
+@pytest.mark.slow
+def test_training_starts_from_an_installation_with_a_recipe_by_name(installation):
+    """As `accelerate launch -m train_flow` does: found as a module, with a recipe that is nowhere near."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "train_flow",
+        "--config",
+        "chairs",
+        "--output_dir",
+        "out",
+        "--data_root",
+        "none",
+    ]
+    result = subprocess.run(
+        command,
+        cwd=installation.elsewhere,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(installation.packages), "ACCELERATE_USE_CPU": "true"},
+    )
+    assert result.returncode == 1, result.stderr
+    assert "train_flow.py: error: " in result.stderr and "FlyingChairs_release" in result.stderr
+
+
+@pytest.mark.slow
 def test_an_installation_without_a_file_names_it(installation):
     printed = installation.run(
         "from flow_data.shipped_files import shipped_path\n"

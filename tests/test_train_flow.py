@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import TINY_RUN, flags, log_lines, train
 
+from benchmarks import bench_step
 from flow_data.flow_io import write_flow
+from flow_training.objectives import OBJECTIVES
 from flow_training.run_log import read_log
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 from train_flow import main
@@ -242,3 +244,17 @@ def test_fine_tunes_from_a_folder_on_files(finished_run, tmp_path):
     assert config["loss_gamma"] == 0.85 and config["freeze_batch_norm"] is True
     assert "KITTI-2015 (CC BY-NC-SA 3.0), each pair 2 times" in (tmp_path / "run" / "README.md").read_text()
     assert any("validation/kitti_2015/fl_all" in line for line in read_log(tmp_path / "run" / "train_log.jsonl"))
+
+
+def test_the_benchmark_of_steps_times_this_loop(tmp_path, monkeypatch, capsys):
+    """Each phase is timed, no time is counted twice, and the run leaves nothing."""
+    steps = []
+    measure = bench_step.measure
+    monkeypatch.setattr(bench_step, "measure", lambda *args: steps.extend(measure(*args)) or steps)
+    monkeypatch.setitem(OBJECTIVES, "supervised", OBJECTIVES["supervised"])  # restores it after it was timed
+    monkeypatch.setattr(bench_step, "WARM_UP", 1)
+    monkeypatch.setattr("sys.argv", ["bench_step", *flags(tmp_path / "run", max_train_steps="3")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    bench_step.main()
+    assert len(steps) == 3 and all(seconds > 0 for step in steps for seconds in step)
+    assert "2 steps of 4 pairs of 64 x 72" in capsys.readouterr().out and not (tmp_path / "run").exists()
