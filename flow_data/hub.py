@@ -1,7 +1,7 @@
 """Flow pairs from the Hub: downloaded through `datasets`, or read row by row where they lie.
 
 Expected are columns `image1`, `image2` and `flow`, each `{"bytes", "path"}` of a file, and perhaps `valid` and `id`,
-as `python -m flow_data.publish` writes them. Both ways give rows by number, so a run draws the same pairs in the same
+as `python -m flow_data.publish` writes them. Both ways give rows by index, so a run draws the same pairs in the same
 order, shuffled over the whole data set, whether it streams or not, on any number of processes and workers.
 """
 
@@ -40,7 +40,7 @@ def load_hub_dataset(name: str, split: str | None = None, streaming: bool = Fals
         token: for a private repository; None is the one that is logged in.
 
     Returns:
-        Rows by number: `id`, `image1` and `image2` as stored, `flow` and `valid` decoded (`flow_data.features`).
+        Rows by index: `id`, `image1` and `image2` as stored, `flow` and `valid` decoded (`flow_data.features`).
 
     Raises:
         ValueError: no such split, columns that are not those of flow pairs, or files that cannot be streamed.
@@ -59,7 +59,7 @@ def load_hub_dataset(name: str, split: str | None = None, streaming: bool = Fals
         with _reading(name):
             dataset = dataset.cast_column(column, STORED_FEATURES[column])
     if "id" not in dataset.column_names:
-        dataset = dataset.add_column("id", [_id_of(number) for number in range(len(dataset))])
+        dataset = dataset.add_column("id", [_id_of(index) for index in range(len(dataset))])
     return dataset.select_columns([column for column in ("id", *STORED_FEATURES) if column in dataset.column_names])
 
 
@@ -98,12 +98,12 @@ def _check_columns(columns: list[str], name: str) -> None:
         )
 
 
-def _id_of(number: int) -> str:
-    return f"{number:08d}"
+def _id_of(index: int) -> str:
+    return f"{index:08d}"
 
 
 class ParquetRows:
-    """Rows of Parquet files, near or far, by number; nothing is kept but the files' footers.
+    """Rows of Parquet files, local or remote, by index; nothing is kept but the files' footers.
 
     A row is read with its row group, in one request: `flow_data.publish` writes one row to a group. Reading opens the
     file anew, so that a process forked off (a DataLoader's worker) shares no connection.
@@ -151,11 +151,11 @@ class ParquetRows:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Read and decode one row.
 
         Args:
-            number: 0 to the length, that excluded.
+            index: 0 to the length of the rows, exclusive.
 
         Returns:
             `id`, stored images, decoded `flow` and `valid`.
@@ -164,14 +164,14 @@ class ParquetRows:
             IndexError: there is no such row.
             OSError: it cannot be read, or its flow or mask is damaged.
         """
-        if not 0 <= number < len(self):
-            raise IndexError(f"{self.name}: row {number} of {len(self)}")
-        which = int(np.searchsorted(self.ends, number, side="right"))
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: row {index} of {len(self)}")
+        which = int(np.searchsorted(self.ends, index, side="right"))
         file, footer, group = self.groups[which]
         first = int(self.ends[which - 1]) if which else 0
-        row = {"id": _id_of(number)}
-        with _reading(f"row {number} of {self.name}, in {file}"):
-            table = self._read_group(file, footer, group).slice(number - first, 1)
+        row = {"id": _id_of(index)}
+        with _reading(f"row {index} of {self.name}, in {file}"):
+            table = self._read_group(file, footer, group).slice(index - first, 1)
             for column in self.columns:
                 values = table[column].combine_chunks()
                 feature = STORED_FEATURES.get(column)

@@ -66,14 +66,14 @@ def main(argv: list[str] | None = None) -> None:
         statistics = measure(rows, spread(len(dataset), args.max_pairs))
         print(describe(args.source, split, len(dataset), statistics))
         augment = augment_sparse if is_sparse(args.source, dataset) else augment_dense
-        samples = [rows[number] for number in spread(len(dataset), args.num_pairs)]
+        samples = [rows[index] for index in spread(len(dataset), args.num_pairs)]
         sheet = []
-        for number, row in enumerate(samples):
+        for index, row in enumerate(samples):
             sample = to_sample(row)
             draws = [
                 augment(
                     sample,
-                    np.random.default_rng([args.seed, number, draw]),
+                    np.random.default_rng([args.seed, index, draw]),
                     crop_size=tuple(args.crop_size),
                     zoom_range=tuple(args.zoom_range),
                     flip=not args.no_flip,
@@ -116,12 +116,12 @@ def spread(length: int, wanted: int) -> list[int]:
     return np.linspace(0, length - 1, min(length, wanted)).round().astype(int).tolist()
 
 
-def measure(rows: Any, numbers: list[int]) -> Statistics:
+def measure(rows: Any, indices: list[int]) -> Statistics:
     """Compute statistics of some rows.
 
     Args:
         rows: of a source, with ground truth.
-        numbers: indices of the rows.
+        indices: of the rows.
 
     Raises:
         ValueError: damaged, or without ground truth.
@@ -131,8 +131,8 @@ def measure(rows: Any, numbers: list[int]) -> Statistics:
     pixels = known = 0
     sums, longest = np.zeros(3), 0.0
     histogram = np.zeros(len(SPEED_BINS) + 1, np.int64)
-    for number in tqdm(numbers, desc="reading", leave=False):
-        sample = to_sample(rows[number])
+    for index in tqdm(indices, desc="reading", leave=False):
+        sample = to_sample(rows[index])
         flow = sample.flow[sample.valid].astype(np.float64)
         speed = np.linalg.norm(flow, axis=-1)
         sizes[sample.valid.shape] += 1
@@ -147,7 +147,7 @@ def measure(rows: Any, numbers: list[int]) -> Statistics:
         float(min(SPEED_BINS[min(int(np.searchsorted(shares, share)), len(SPEED_BINS) - 1)], longest))
         for share in (0.5, 0.95)
     )
-    return Statistics(len(numbers), sizes, known / pixels, (mean_x, mean_y), mean_speed, median, high, float(longest))
+    return Statistics(len(indices), sizes, known / pixels, (mean_x, mean_y), mean_speed, median, high, float(longest))
 
 
 def describe(source: str, split: str, num_pairs: int, statistics: Statistics) -> str:

@@ -72,7 +72,7 @@ class Shard(NamedTuple):
 
     Args:
         path: in the repository.
-        rows: numbers of the rows.
+        rows: indices of the rows.
     """
 
     path: str
@@ -240,9 +240,9 @@ def write_shards(
 def plan_shards(dataset: Dataset, split: str, max_shard_bytes: int) -> list[Shard]:
     """Cut rows into files of about so many bytes, in their order."""
     starts, size = [0], 0
-    for number, row_bytes in enumerate(_row_bytes(dataset)):
+    for index, row_bytes in enumerate(_row_bytes(dataset)):
         if size and size + row_bytes > max_shard_bytes:
-            starts.append(number)
+            starts.append(index)
             size = 0
         size += row_bytes
     ends = [*starts[1:], len(dataset)]
@@ -262,7 +262,7 @@ def write_shard(dataset: Dataset, shard: Shard, file: Path) -> set[str]:
     return suffixes
 
 
-def published_rows(dataset: Dataset, numbers: range) -> Iterator[dict[str, Any]]:
+def published_rows(dataset: Dataset, indices: range) -> Iterator[dict[str, Any]]:
     """Rows in the form that is published.
 
     Raises:
@@ -270,9 +270,9 @@ def published_rows(dataset: Dataset, numbers: range) -> Iterator[dict[str, Any]]
         OSError: a file cannot be read.
     """
     stored = _stored(dataset)
-    for number in numbers:
-        decoded = dataset[number]
-        row = decoded if stored is dataset else stored[number]
+    for index in indices:
+        decoded = dataset[index]
+        row = decoded if stored is dataset else stored[index]
         sample = to_sample(decoded)
         name, mask = PurePath(row["id"]).name, decoded.get("valid")
         yield {
