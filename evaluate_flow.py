@@ -14,11 +14,8 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import patch_environment
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -30,24 +27,14 @@ from flow_data.flow_io import describe_loss
 from flow_data.images import disable_image_decoding
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.synthetic import SyntheticOptions, synthetic
-from flow_data.visualize import stack_rows
-from flow_inference.devices import choose_device
-from flow_inference.prediction import chunk_rows, find_sequences, predict_rows, split_work
-from flow_inference.submission import (
-    check_submission,
-    find_missing,
-    prepare_folders,
-    read_frames,
-    write_result,
-)
-from flow_inference.visualization import compare
-from flow_training.evaluation import DTYPES, check_precision, evaluate
 from flow_training.flags import nearest
-from flow_training.metrics import format_metric
-from flow_training.processes import refuse_sharding
 from flow_training.run_log import to_json
-from modeling_raft import RaftForOpticalFlow
-from modeling_raft.convert_raft_checkpoint import load_raft
+
+# torch is imported once the arguments are known to be good, so that --help and mistakes take no time.
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from modeling_raft import RaftForOpticalFlow
 
 PICTURE_PAIRS = 4
 NAMED_PAIRS = 8  # at most, in a message
@@ -55,6 +42,11 @@ NAMED_PAIRS = 8  # at most, in a message
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    from accelerate import Accelerator
+
+    from flow_training.evaluation import check_precision
+    from flow_training.processes import refuse_sharding
+
     try:
         refuse_sharding()
         with use_device(args.device):
@@ -87,11 +79,20 @@ def use_device(name: str | None) -> AbstractContextManager:
         return nullcontext()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"--device {name} is for one process; accelerate launch gives each of several its own device")
+    from accelerate.utils import patch_environment
+
+    from flow_inference.devices import choose_device
+
     return patch_environment(ACCELERATE_TORCH_DEVICE=choose_device(name))
 
 
-def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def report(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     """Evaluate, print the metrics, and write the report and the image that are asked for."""
+    from flow_inference.submission import prepare_folders
+    from flow_training.evaluation import evaluate
+    from flow_training.metrics import format_metric
+    from modeling_raft.convert_raft_checkpoint import load_raft
+
     split = args.split or DATASETS[args.dataset].protocol.split
     dataset = open_dataset(args, split)
     for flag, path in (("--output", args.output), ("--picture", args.picture)):
@@ -129,8 +130,15 @@ def report(args: argparse.Namespace, accelerator: Accelerator) -> None:
             image.save(partial)
 
 
-def submit(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def submit(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     """Write the flow of every pair for the benchmark's server, and report what is missing."""
+    import torch
+
+    from flow_inference.prediction import chunk_rows, predict_rows, split_work
+    from flow_inference.submission import check_submission, find_missing, prepare_folders, read_frames, write_result
+    from flow_training.evaluation import DTYPES
+    from modeling_raft.convert_raft_checkpoint import load_raft
+
     check_submission(args.dataset)
     submission, protocol = SUBMISSIONS[args.dataset], DATASETS[args.dataset].protocol
     split = args.split or submission.split
@@ -222,7 +230,11 @@ def open_dataset(args: argparse.Namespace, split: str):
         dataset = synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
     else:
         dataset = disable_image_decoding(load_source(args.dataset, args.data_dir, split))
-    if args.warm_start and len(find_sequences(dataset)) == len(dataset):
+    if not args.warm_start:
+        return dataset
+    from flow_inference.prediction import find_sequences
+
+    if len(find_sequences(dataset)) == len(dataset):
         raise ValueError(f"--warm_start: no pair of {args.dataset} {split} begins with the frame with which another "
                          "ends, so there is no flow to start from; leave it out")  # fmt: skip
     return dataset
@@ -260,9 +272,13 @@ def describe_missing_metrics(report: dict[str, Any]) -> list[str]:
 
 
 def draw_pairs(
-    model: RaftForOpticalFlow, dataset, protocol: Protocol, num_flow_updates: int, warm_start: bool
+    model: "RaftForOpticalFlow", dataset, protocol: Protocol, num_flow_updates: int, warm_start: bool
 ) -> Image.Image:
     """Draw the first pairs of a data set: frame 1, ground truth, predicted flow, error."""
+    from flow_data.visualize import stack_rows
+    from flow_inference.prediction import chunk_rows, predict_rows
+    from flow_inference.visualization import compare
+
     chunks = chunk_rows(dataset, warm_start=warm_start)
     predictions = predict_rows(model, dataset, chunks, to_sample, num_flow_updates, protocol.padding, warm_start)
     rows = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
-from modeling_raft.modeling_raft import GRID
+from modeling_raft.configuration_raft import DOWNSAMPLE_FACTOR
 
 SMALLEST = 128  # of torchvision's models
 
@@ -44,8 +44,8 @@ def positive(text: str) -> int:
 def image_side(text: str) -> int:
     """Height or width of an image that every candidate takes."""
     side = positive(text)
-    if side % GRID or side < SMALLEST:
-        raise argparse.ArgumentTypeError(f"must be a multiple of {GRID}, at least {SMALLEST}; got {side}")
+    if side % DOWNSAMPLE_FACTOR or side < SMALLEST:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {DOWNSAMPLE_FACTOR}, at least {SMALLEST}; got {side}")
     return side
 
 

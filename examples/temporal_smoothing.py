@@ -32,13 +32,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flow_data.out_of_memory import explain_out_of_memory
-from flow_inference.consistency import is_occluded, warp
+from flow_inference.consistency import is_occluded
 from flow_inference.devices import autocast, choose_device
 from flow_inference.estimator import EncodedFrame, FlowEstimator, InputPadder
 from flow_inference.frame_sources import open_frames, read_frames
 from flow_inference.map_files import list_maps, open_output, read_maps
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
+from modeling_raft.correlation_raft import warp
 from modeling_raft.frames_raft import FrameConverter
 
 PHOTOMETRIC_SIGMA = 0.2  # VToonify's, for frames in [-1, 1]

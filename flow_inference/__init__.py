@@ -1,9 +1,10 @@
 """Prediction: flow of image pairs and of video, occlusion, and files and visualizations of flow."""
 
-from flow_inference.consistency import consistency_error, is_occluded, warp
+from flow_inference.consistency import consistency_error, is_occluded
 from flow_inference.prediction import predict_pair
 from flow_inference.video import FlowVideo, VideoFlow
 from flow_inference.warm_start import forward_interpolate
+from modeling_raft.correlation_raft import warp
 
 __all__ = [
     "FlowVideo",

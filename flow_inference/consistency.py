@@ -1,40 +1,15 @@
-"""Forward-backward consistency: warping, occlusion, and how far forward and backward flow disagree.
+"""Forward-backward consistency: occlusion, and how far forward and backward flow disagree.
 
-Shapes: `B` batch, `C` channels, `H W` frame. Flow is (x right, y down), pixels.
+Shapes: `B` batch, `H W` frame. Flow is (x right, y down), pixels.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from modeling_raft.correlation_raft import pixel_grid
+from modeling_raft.correlation_raft import warp
 
 # Sundaram, Brox & Keutzer 2010 (Dense point trajectories by GPU-accelerated large displacement optical flow, eq. 5).
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 0.01, 0.5  # of squared lengths; squared pixels
-
-
-def warp(maps: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Warp maps of frame 2 to frame 1: read them where each pixel of frame 1 goes.
-
-    Args:
-        maps: `(B, C, H, W)` floating, of frame 2.
-        flow: `(B, 2, H, W)`, from frame 1 to frame 2.
-
-    Returns:
-        `(B, C, H, W)`, read bilinearly, and `(B, H, W)` bool, False where a pixel leaves the frame by more than half
-        a pixel. There, the edge of the frame is read.
-    """
-    batch, _, height, width = maps.shape
-    target = pixel_grid(batch, height, width, flow.dtype, flow.device) + flow
-    size = target.new_tensor([width, height]).reshape(1, 2, 1, 1)
-    inside = ((target >= -0.5) & (target <= size - 0.5)).all(1)
-    # MPS has no padding_mode="border", so the edge is repeated first, and nothing beyond that is sampled. NaN is not
-    # inside, and must not reach the sampling.
-    maps = F.pad(maps, (1, 1, 1, 1), mode="replicate")
-    target = target.nan_to_num(0.0).clamp(min=target.new_zeros(()), max=size - 1) + 1
-    grid = ((2 * target + 1) / (size + 2) - 1).to(maps.dtype)  # -1 and 1 are the outer edges of the padded frame
-    warped = F.grid_sample(maps, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="zeros", align_corners=False)
-    return warped, inside
 
 
 def consistency_error(flow: Tensor, backward_flow: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from flow_data.out_of_memory import attempt
 from flow_inference.devices import autocast
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
+from modeling_raft.configuration_raft import DOWNSAMPLE_FACTOR
 from modeling_raft.image_processing_raft import image_padding
-from modeling_raft.modeling_raft import GRID
 
 LONGEST_ENLARGED = 1024  # pixels: a narrow strip is not enlarged in both directions beyond this
 
@@ -120,7 +120,7 @@ class EncodedFrame:
 
     def thumbnail(self) -> Tensor:
         """Return the frame on the grid of the flow, `(1, 3, h, w)` in 0..255."""
-        return F.avg_pool2d(127.5 * (self.pixels + 1), GRID)
+        return F.avg_pool2d(127.5 * (self.pixels + 1), DOWNSAMPLE_FACTOR)
 
 
 class FlowEstimator:

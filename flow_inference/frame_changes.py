@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from flow_data.optional_packages import needs_extra
-from flow_inference.consistency import warp
+from modeling_raft.correlation_raft import warp
 
 BLOCK = 16  # pixels: small enough to show an eye blink, large enough that the noise of compression averages out
 NOISE = 1.5  # gray levels by which lossy compression alone changes a block

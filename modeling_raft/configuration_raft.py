@@ -1,4 +1,4 @@
-"""The architecture of a RAFT model, and the few numbers of its loss, as a Hugging Face configuration."""
+"""Configuration of a RAFT model: its architecture, and the settings of its loss."""
 
 import copy
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# What config.json says of the pipeline (pipeline_raft.py), in the words of Pipeline.save_pretrained.
+DOWNSAMPLE_FACTOR = 8  # image pixels, per side, for each pixel of the grid on which flow is estimated
+
+# The entry of config.json that names the pipeline (pipeline_raft.py), as Pipeline.save_pretrained writes it.
 CUSTOM_PIPELINES: dict[str, dict[str, Any]] = {
     "optical-flow": {"impl": "pipeline_raft.OpticalFlowPipeline", "pt": ["AutoModel"], "type": "image"}
 }
@@ -24,29 +26,30 @@ class RaftConfig(PreTrainedConfig):
         context_dim: Channels of the context that every update reads.
         encoder_block: `"residual"` (two 3x3 convolutions) or `"bottleneck"` (1x1, 3x3, 1x1).
         encoder_widths: Channels of the encoders' stem and of their three stages (strides 1, 2, 2).
-        feature_norm: Normalisation in the feature encoder: `"instance"`, `"batch"` or `"none"`.
-        context_norm: Normalisation in the context encoder, likewise.
+        feature_norm: Normalization in the feature encoder: `"instance"`, `"batch"` or `"none"`.
+        context_norm: Normalization in the context encoder: the same choices.
         corr_levels: Levels of the correlation pyramid; each halves the resolution of frame 2.
-        corr_radius: The lookup reads a window of (2 * radius + 1)**2 correlations on every level.
-        motion_corr_widths: Channels of the convolutions over the correlations: a 1x1, then 3x3 ones.
+        corr_radius: Radius of the lookup's window, (2 * radius + 1)**2 correlations on every level.
+        motion_corr_widths: Channels of the convolutions over the correlations: a 1x1, then 3x3 convolutions.
         motion_flow_widths: Channels of the convolutions over the flow: a 7x7, then a 3x3.
-        motion_dim: Channels of the motion features, the two of the flow itself included.
+        motion_dim: Channels of the motion features, including the two of the flow itself.
         gru_kernels: (height, width) of the kernel of each convolutional GRU, in the order they run.
         flow_head_dim: Channels inside the head that predicts the flow's change.
-        convex_upsampling: Upsample by learnt convex combinations (section 3.3), else bilinearly.
-        num_flow_updates: Updates of the flow when `forward` is not told otherwise.
-        loss_gamma: Decay of the sequence loss's weights towards earlier predictions.
+        convex_upsampling: Whether to upsample by learned convex combinations (section 3.3) or bilinearly.
+        num_flow_updates: Updates of the flow, unless `forward` gets another number.
+        loss_gamma: The sequence loss weighs each prediction by this factor less than the next one.
         loss_max_flow: Pixels that move farther than this (px) are left out of the loss.
         dropout: Probability of dropping a whole channel of the encoders' output while training.
         freeze_batch_norm: Keep BatchNorm's running statistics fixed while training. Its affine weights still train.
         correlation: How correlations are computed. `"dense"`: all pairs, once per pair of frames; its memory grows
-            with the square of the pixels. `"on_demand"`: what a lookup reads, in each of them; the same to rounding,
-            in memory that grows with the pixels. `"auto"`: dense, unless that takes half of the memory that is free.
+            with the square of the pixels. `"on_demand"`: in each lookup, only what it reads; the same values to
+            rounding, in memory that grows with the pixels. `"auto"`: dense, unless that takes more than half of the
+            free memory.
     """
 
     model_type = "raft"
     attribute_map = {"hidden_size": "hidden_dim"}
-    pipeline_is_registered = False  # the package registers it, and needs none from beside the weights
+    pipeline_is_registered = False  # True in this package, which registers it and needs no copy beside the weights
 
     feature_dim: int = 256
     hidden_dim: int = 128
@@ -92,25 +95,25 @@ class RaftConfig(PreTrainedConfig):
 
     @property
     def min_image_size(self) -> int:
-        """Pixels that an image must be high and wide at least, so that no pyramid level is empty: 64 with 4 levels."""
-        return 8 * 2 ** (self.corr_levels - 1)
+        """Smallest image height and width, in pixels, at which no pyramid level is empty: 64 with 4 levels."""
+        return DOWNSAMPLE_FACTOR * 2 ** (self.corr_levels - 1)
 
     def __post_init__(self, **kwargs):
-        # JSON knows no tuples: with lists throughout, a configuration equals itself after saving and loading.
+        # JSON has no tuples: with lists throughout, a configuration equals itself after saving and loading.
         self.encoder_widths = list(self.encoder_widths)
         self.motion_corr_widths = list(self.motion_corr_widths)
         self.motion_flow_widths = list(self.motion_flow_widths)
         self.gru_kernels = [list(kernel) for kernel in self.gru_kernels]
-        # Where `pipeline()` finds one here, it wants to be trusted with the code. It also changes what it finds.
+        # Where `pipeline()` finds an entry, it asks for trust_remote_code. It also modifies the entry, hence the copy.
         kwargs["custom_pipelines"] = {} if self.pipeline_is_registered else copy.deepcopy(CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, and always with the pipeline, wherever this configuration is from."""
+        """Return the fields as transformers does, always with the entry of the pipeline."""
         return super().to_dict() | {"custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     def validate_choices(self):
-        """Refuse a word that names no variant."""
+        """Check the fields that name a variant."""
         choices = {
             "encoder_block": ("residual", "bottleneck"),
             "feature_norm": ("instance", "batch", "none"),
@@ -122,32 +125,32 @@ class RaftConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
 
     def validate_sizes(self):
-        """Refuse sizes that no network can be built from."""
+        """Check the sizes of the network."""
         for name in ("feature_dim", "hidden_dim", "context_dim", "corr_levels", "flow_head_dim", "num_flow_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.corr_radius < 0:
             raise ValueError(f"corr_radius must not be negative; got {self.corr_radius}")
         if self.motion_dim < 3:
-            raise ValueError(f"motion_dim counts the two channels of the flow, so at least 3; got {self.motion_dim}")
+            raise ValueError(f"motion_dim must be at least 3, as two channels are the flow; got {self.motion_dim}")
         lengths = {"encoder_widths": 4, "motion_flow_widths": 2}
         for name, length in lengths.items():
             if len(getattr(self, name)) != length:
-                raise ValueError(f"{name} needs {length} entries; got {getattr(self, name)}")
+                raise ValueError(f"{name} must have {length} entries; got {getattr(self, name)}")
         for name in ("encoder_widths", "motion_corr_widths", "motion_flow_widths"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must hold positive numbers; got {getattr(self, name)}")
         if self.encoder_block == "bottleneck" and any(width % 4 for width in self.encoder_widths[1:]):
-            raise ValueError(f"bottleneck blocks need encoder_widths divisible by 4; got {self.encoder_widths}")
+            raise ValueError(f"encoder_widths must be divisible by 4 in bottleneck blocks; got {self.encoder_widths}")
         if self.encoder_widths[0] != self.encoder_widths[1]:
-            raise ValueError(f"the first stage keeps the stem's width; got encoder_widths {self.encoder_widths}")
+            raise ValueError(f"encoder_widths must begin with two equal widths; got {self.encoder_widths}")
         if not self.gru_kernels or any(
             len(kernel) != 2 or not all(k % 2 for k in kernel) for kernel in self.gru_kernels
         ):
             raise ValueError(f"gru_kernels must hold pairs of odd numbers; got {self.gru_kernels}")
 
     def validate_numbers(self):
-        """Refuse a dropout or loss that means nothing."""
+        """Check the settings of dropout and loss."""
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
         if not self.loss_gamma > 0:

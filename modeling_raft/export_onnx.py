@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+from .configuration_raft import DOWNSAMPLE_FACTOR
 from .convert_raft_checkpoint import load_raft
-from .modeling_raft import GRID, RaftForOpticalFlow
+from .modeling_raft import RaftForOpticalFlow
 
 MIN_OPSET = 18  # torch's exporter has no older operators; what converts its files to 17 gives invalid ones
 MAX_DIFFERENCE = 0.01  # pixels, between onnxruntime and torch
@@ -47,15 +48,15 @@ class FixedUpdates(nn.Module):
 
 def dynamic_shapes(model: RaftForOpticalFlow) -> dict[str, dict[int, Any]]:
     """What may differ from the traced `pixel_values`, as `torch.export.export` takes it: batch, height, width."""
-    smallest = model.config.min_image_size // GRID
+    smallest = model.config.min_image_size // DOWNSAMPLE_FACTOR
     height, width = Dim("grid_height", min=smallest), Dim("grid_width", min=smallest)
-    return {"pixel_values": {0: Dim("batch", min=1), 3: GRID * height, 4: GRID * width}}
+    return {"pixel_values": {0: Dim("batch", min=1), 3: DOWNSAMPLE_FACTOR * height, 4: DOWNSAMPLE_FACTOR * width}}
 
 
 def moving_texture(batch: int, height: int, width: int) -> Tensor:
     """`pixel_values` `(batch, 2, 3, height, width)` of a smooth texture that moves by (3, 2) pixels."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(batch, 3, height // GRID, width // GRID, generator=generator)
+    coarse = torch.rand(batch, 3, height // DOWNSAMPLE_FACTOR, width // DOWNSAMPLE_FACTOR, generator=generator)
     frame1 = 2 * F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1) - 1
     return torch.stack([frame1, frame1.roll((2, 3), dims=(2, 3))], dim=1)
 
@@ -105,7 +106,7 @@ def export_onnx(
     fixed = FixedUpdates(model, num_flow_updates).eval()
     smallest = model.config.min_image_size
     # No size is 1, on no pyramid level, and none occurs twice: what is exported of such a size is for this size only.
-    example = moving_texture(2, 2 * smallest + GRID, 2 * smallest + 2 * GRID)
+    example = moving_texture(2, 2 * smallest + DOWNSAMPLE_FACTOR, 2 * smallest + 2 * DOWNSAMPLE_FACTOR)
     # Written beside the file, where it can be moved from, and where there is room for it.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, torch.no_grad():
         written = Path(folder) / path.name
@@ -141,9 +142,9 @@ def difference_in_onnxruntime(fixed: FixedUpdates, path: Path) -> float | None:
     except ImportError:
         return None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    smallest = fixed.model.config.min_image_size
+    smallest, step = fixed.model.config.min_image_size, DOWNSAMPLE_FACTOR
     differences = []
-    for batch, height, width in ((1, smallest, smallest + GRID), (3, smallest + 5 * GRID, smallest)):
+    for batch, height, width in ((1, smallest, smallest + step), (3, smallest + 5 * step, smallest)):
         pixel_values = moving_texture(batch, height, width)
         (flow,) = session.run(["flow"], {"pixel_values": pixel_values.numpy()})
         differences.append((torch.from_numpy(flow) - fixed(pixel_values)[0]).abs().max())

@@ -9,9 +9,8 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .configuration_raft import DOWNSAMPLE_FACTOR
 from .frames_raft import KINDS, read_frames
-
-GRID = 8  # the model wants multiples of this
 
 
 class RaftImageProcessorKwargs(ImagesKwargs, total=False):
@@ -167,8 +166,8 @@ class RaftImageProcessor(TorchvisionBackend):
 
 def image_padding(height: int, width: int, height_padding: str, min_size: int) -> tuple[int, int, int, int]:
     """Pixels to add (left, right, top, bottom) so that both sides are multiples of 8 and at least `min_size`."""
-    extra_height = -(-max(height, min_size) // GRID) * GRID - height
-    extra_width = -(-max(width, min_size) // GRID) * GRID - width
+    extra_height = -(-max(height, min_size) // DOWNSAMPLE_FACTOR) * DOWNSAMPLE_FACTOR - height
+    extra_width = -(-max(width, min_size) // DOWNSAMPLE_FACTOR) * DOWNSAMPLE_FACTOR - width
     top = extra_height // 2 if height_padding == "split" else 0
     return extra_width // 2, extra_width - extra_width // 2, top, extra_height - top
 

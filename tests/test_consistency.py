@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from moving_shapes import moving_shapes
 
-from flow_inference.consistency import consistency_error, is_occluded, warp
+from flow_inference.consistency import consistency_error, is_occluded
+from modeling_raft.correlation_raft import warp
 
 
 def as_tensor(field: np.ndarray) -> torch.Tensor:

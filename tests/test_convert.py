@@ -534,5 +534,5 @@ def test_other_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a model of type bert, not raft"):
         load_raft(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "raft", "encoder_widths": [1, 2]}')
-    with pytest.raises(ValueError, match="encoder_widths needs 4 entries"):
+    with pytest.raises(ValueError, match="encoder_widths must have 4 entries"):
         load_raft(tmp_path)

@@ -9,9 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.optical_flow.raft import CorrBlock
 
 from modeling_raft import correlation_raft
-from modeling_raft.correlation_dense_raft import DenseCorrelation
-from modeling_raft.correlation_on_demand_raft import TILE, OnDemandCorrelation
-from modeling_raft.correlation_raft import make_correlation, pixel_grid
+from modeling_raft.correlation_raft import TILE, DenseCorrelation, OnDemandCorrelation, make_correlation, pixel_grid
 from modeling_raft.memory_raft import host_memory
 
 both = pytest.mark.parametrize("Correlation", [DenseCorrelation, OnDemandCorrelation])

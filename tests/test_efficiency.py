@@ -8,7 +8,7 @@ from torchvision.models.optical_flow import raft_large, raft_small
 
 from modeling_raft import RaftConfig, RaftForOpticalFlow, sequence_loss
 from modeling_raft.convert_raft_checkpoint import convert_state_dict
-from modeling_raft.encoder_raft import EncoderConv, InstanceNorm
+from modeling_raft.modeling_raft import EncoderConv, InstanceNorm
 
 WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "lift_fresh")
 
@@ -155,20 +155,23 @@ def kept_for_backward(model, **options) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    inputs = {"pixel_values": images(*SMALL_IMAGE), "labels": torch.ones(1, 2, 64, 72)}
+    inputs = {"pixel_values": images(*SMALL_IMAGE)}
+    if "prediction_loss" not in options:
+        inputs["labels"] = torch.ones(1, 2, 64, 72)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(**inputs, **options)
     assert output.loss.requires_grad
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("options", [{}, {"prediction_loss": lambda i, flow: flow.square().mean()}])
 @pytest.mark.parametrize(("checkpointing", "channels"), [(False, 1300), (True, 150)])
-def test_an_update_keeps_little(checkpointing, channels):
+def test_an_update_keeps_little(checkpointing, channels, options):
     """Correlations are 100 channels, masks of upsampling 576, and what is made of them would be 1800 more."""
     model = RaftForOpticalFlow(tiny_config(convex_upsampling=True))
     if checkpointing:
         model.activation_checkpointing_enable()
-    few, many = (kept_for_backward(model, num_flow_updates=updates) for updates in (2, 12))
+    few, many = (kept_for_backward(model, num_flow_updates=updates, **options) for updates in (2, 12))
     assert 100 * 8 * 9 * 4 < (many - few) / 10 < channels * 8 * 9 * 4
 
 

@@ -39,6 +39,18 @@ def test_help_imports_nothing_heavy(command):
     assert command in names and not names & HEAVY
 
 
+@pytest.mark.parametrize("command", ["evaluate_flow", "flow_training.curriculum"])
+def test_help_of_evaluation_and_curriculum_does_not_wait_for_torch(command):
+    assert not imported_packages(HELP.format(command)) & {"torch", "torchvision", "transformers", "accelerate", "av"}
+
+
+def test_help_of_training_does_not_wait_for_torch():
+    """As a script: what tests and benchmarks import has all imports at its top."""
+    run = "try: runpy.run_module('train_flow', run_name='__main__')\nexcept SystemExit: pass"
+    names = imported_packages(f"import runpy, sys; sys.argv = ['train_flow.py', '--help']\n{run}")
+    assert not names & {"torch", "torchvision", "transformers", "accelerate", "av"}
+
+
 def test_mistakes_are_found_before_heavy_imports():
     code = "import sys; sys.argv = ['predict_flow', '--model', 'x', '--output', 'y']\nimport predict_flow\n"
     names = imported_packages(f"{code}try: predict_flow.main()\nexcept SystemExit as error: assert error.code == 2")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import train_flow
 from flow_training import processes
-from modeling_raft import RaftConfig, RaftForOpticalFlow, update_block_raft
+from modeling_raft import RaftConfig, RaftForOpticalFlow, modeling_raft
 from modeling_raft.convert_raft_checkpoint import load_raft
-from modeling_raft.update_block_raft import FLOAT16_MAX, cast_saturating, relu_saturating
+from modeling_raft.kernels_raft import FLOAT16_MAX, cast_saturating, relu_saturating
 
 SIZES = {"small": RaftConfig.small, "large": RaftConfig}
 HALVES = [torch.float16, torch.bfloat16]
@@ -84,8 +84,8 @@ def test_ordinary_features_are_untouched_in_float16(size, monkeypatch):
         return output.flow, [weight.grad for weight in model.parameters()]
 
     flow, gradients = run()
-    monkeypatch.setattr(update_block_raft, "cast_saturating", lambda x, dtype: x.to(dtype))
-    monkeypatch.setattr(update_block_raft, "relu_saturating", F.relu)
+    monkeypatch.setattr(modeling_raft, "cast_saturating", lambda x, dtype: x.to(dtype))
+    monkeypatch.setattr(modeling_raft, "relu_saturating", F.relu)
     plain_flow, plain_gradients = run()
     assert torch.equal(flow, plain_flow)
     for ours, plain in zip(gradients, plain_gradients, strict=True):

@@ -9,8 +9,10 @@ from torchvision.models.optical_flow import raft as torchvision_raft
 from torchvision.models.optical_flow import raft_large, raft_small
 from transformers import Trainer, TrainingArguments
 
-from modeling_raft import RaftConfig, RaftForOpticalFlow, sequence_loss
+from modeling_raft import RaftConfig, RaftForOpticalFlow, correlation_raft, sequence_loss
 from modeling_raft.convert_raft_checkpoint import convert_state_dict
+from modeling_raft.correlation_raft import warp
+from modeling_raft.loss_raft import SequenceLoss
 
 BUILDERS = {"large": raft_large, "small": raft_small}
 SMALL_IMAGE = (1, 2, 3, 64, 72)
@@ -123,7 +125,8 @@ def test_smallest_image_works():
         ({"valid": torch.ones(1, 2, 64, 72)}, r"valid must be \(1, 64, 72\); got \(1, 2, 64, 72\)"),
         ({"initial_flow": torch.zeros(1, 2, 64, 72)}, r"initial_flow must be \(1, 2, 8, 9\); got \(1, 2, 64, 72\)"),
         ({"num_flow_updates": 0}, "num_flow_updates must be at least 1; got 0"),
-        ({"labels": None}, "labels are missing"),
+        ({"labels": None}, "valid must be None where labels are missing"),
+        ({"prediction_loss": lambda i, flow: flow.sum()}, "prediction_loss must be None where labels are given"),
     ],
 )
 def test_bad_input_is_refused(changes, message):
@@ -180,11 +183,9 @@ def test_dropout_drops_whole_channels_while_training_only():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_flow_and_correlation_in_float32(dtype, monkeypatch):
-    from modeling_raft import correlation_dense_raft, correlation_raft
-
     seen = []
 
-    class Spy(correlation_dense_raft.DenseCorrelation):
+    class Spy(correlation_raft.DenseCorrelation):
         def lookup(self, centroids):
             seen.append((centroids.dtype, self.volume.dtype))
             return super().lookup(centroids)
@@ -281,6 +282,51 @@ def test_works_inside_the_transformers_trainer(tmp_path):
     prediction = trainer.predict(Pairs())
     assert prediction.label_ids.shape == (4, 2, 64, 72)
     assert prediction.predictions[0].shape == (4, 2, 64, 72)
+
+
+def loss_and_gradients(model: RaftForOpticalFlow, **inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), [weight.grad.clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prediction_loss_takes_the_place_of_labels(checkpointing):
+    """With the sequence loss as `prediction_loss`, loss and gradients are those with labels."""
+    torch.manual_seed(0)
+    model = RaftForOpticalFlow(tiny_config(freeze_batch_norm=True, loss_gamma=0.7)).double()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    pixel_values = images(*SMALL_IMAGE).double()
+    labels, valid = 3 * torch.randn(1, 2, 64, 72).double(), torch.rand(1, 64, 72) < 0.7
+    expected = loss_and_gradients(model, pixel_values=pixel_values, labels=labels, valid=valid)
+    prediction_loss = SequenceLoss(labels, valid, model.config.num_flow_updates, gamma=0.7, max_flow=400.0)
+    ours = loss_and_gradients(model, pixel_values=pixel_values, prediction_loss=prediction_loss)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_prediction_loss_needs_no_ground_truth():
+    """A photometric loss of every prediction, made of images and `warp` only, reaches all weights."""
+    torch.manual_seed(0)
+    model = RaftForOpticalFlow(tiny_config()).double()
+    pixel_values = images(*SMALL_IMAGE).double()
+    seen = {}
+
+    def photometric(i: int, flow: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(i, flow.detach())
+        warped, inside = warp(pixel_values[:, 1], flow)
+        return 0.5**i * ((warped - pixel_values[:, 0]).abs() * inside[:, None]).mean()
+
+    output = model(pixel_values, prediction_loss=photometric, output_flow_predictions=True)
+    expected = sum(photometric(i, flow) for i, flow in enumerate(output.flow_predictions))
+    torch.testing.assert_close(output.loss, expected)
+    seen.clear()
+    loss, gradients = loss_and_gradients(model, pixel_values=pixel_values, prediction_loss=photometric)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(list(seen), [0, 1, 2])
+    torch.testing.assert_close(list(seen.values()), [flow.detach() for flow in output.flow_predictions])
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_loss_in_forward_uses_the_configuration():
