@@ -12,7 +12,7 @@ from PIL import Image
 from test_modeling_raft import tiny_config
 
 import predict_flow
-from flow_data.flow_io import read_flow
+from flow_data.flow_io import FLOW_SUFFIXES, read_flow
 from flow_data.formats import limits
 from flow_data.visualize import draw_flow
 from flow_inference import FlowVideo, frame_sources
@@ -224,7 +224,7 @@ def test_flow_that_is_lost_altogether_is_an_error(job, flows):
         predict_flow.main([*arguments, "--output", str(folder / "out.png"), "--format", "kitti"])
     assert str(error.value).endswith(
         "out.png: nothing of this flow, 0 to 700 px, can be written as KITTI PNG (range -512 to 512 px); write one of "
-        ".flo, .pfm, .flo5, .npy, .npz, which hold it"
+        f"{', '.join(suffix for suffix in FLOW_SUFFIXES if suffix != '.png')}, which hold it"
     )
     assert not list(folder.glob("*out*"))
 
