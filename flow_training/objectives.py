@@ -1,6 +1,7 @@
 """What a run minimizes, by the name that the setting `objective` gives.
 
-To add an objective, write a function like `supervised` and enter it in `OBJECTIVES`.
+To add an objective, write a function like `supervised` and enter it in `OBJECTIVES`. A loss of each prediction that
+needs no ground truth is given to the model as `prediction_loss`, and takes as little memory as the supervised one.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ class Objective(NamedTuple):
 
 
 def supervised(model: Any, batch: dict[str, Tensor], config: TrainingConfig) -> ObjectiveOutput:
-    """RAFT's sequence loss against ground truth (paper section 3.3), with the errors of the last prediction.
+    """RAFT's sequence loss against ground truth (paper section 3.4), with the errors of the last prediction.
 
     The loss is computed in the model's forward pass, where most activations of upsampling need not be kept. The errors
     are over the pixels that the loss counts: valid, and moving less than `max_flow` pixels.

@@ -1,9 +1,10 @@
-"""Files of weights of any origin, read by what is in them and never by their suffix. No code of a file ever runs.
+"""Read files of weights of any origin by their content, not by their suffix, without running code in them.
 
-torch's restricted unpickler (`weights_only=True`) reads a pickle. Of what training scripts save beside the weights it
-refuses even the harmless: arguments, paths, dates, numbers of NumPy. Here each such class is replaced by a stand-in
-that takes anything and keeps nothing: neither the class nor its library is needed or run. (To allow the classes
-themselves would be unsafe: `numpy.ndarray` makes objects out of raw addresses.) Any other class is refused.
+Pickles are read by torch's restricted unpickler (`weights_only=True`). It refuses even harmless objects that training
+scripts save beside the weights: arguments, paths, dates, numbers of NumPy. Here, the class of each such object is
+replaced by a stand-in that accepts anything and keeps nothing, so neither the class nor its library is needed or run.
+(Allowing the classes themselves would be unsafe: `numpy.ndarray` can be made of raw addresses.) Other classes are
+refused.
 """
 
 import json
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-# The pickled number with which torch.save began every file before torch 1.6, when it went over to zip archives.
+# The pickled integer with which every file of torch.save began until torch 1.6 changed to zip archives.
 LEGACY_TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, ...
 BINARY_FORMATS = {
@@ -34,16 +35,16 @@ BINARY_FORMATS = {
     b"%PDF": "a PDF document",
 }
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-CONTROL_CHARACTERS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # which text has none of
+CONTROL_CHARACTERS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # that do not occur in text
 # Opcodes of pickle protocols 3 to 5, which torch's restricted unpickler does not know.
 LATER_OPCODES = {ord("B"), ord("C"), *range(0x8C, 0x99)}
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
-AGAIN = "download or copy it again"
-DAMAGED = f"is cut short or damaged: {AGAIN}"
+RETRY = "download or copy it again"
+DAMAGED = f"is cut short or damaged: {RETRY}"
 
 
 class _Discarded:
-    """Stands for an object that is not needed."""
+    """Stand-in for an object that is not needed."""
 
     def __new__(cls, *args: Any) -> "_Discarded":
         return super().__new__(cls)
@@ -53,21 +54,21 @@ class _Discarded:
 
 
 class _PlainDict:
-    """Stands for the subclasses of dict: makes one whose items are read, as they may be the weights."""
+    """Stand-in for subclasses of dict: a dictionary whose items are read, since they may be the weights."""
 
     def __new__(cls, *args: Any) -> Any:
         return OrderedDict()
 
 
 class _PlainList:
-    """Stands for deque, in which loops keep their latest losses: torch appends to lists only."""
+    """Stand-in for deque, in which training loops keep their latest losses: the unpickler appends to lists only."""
 
     def __new__(cls, *args: Any) -> Any:
         return []
 
 
 def _discard_attribute(*args: Any) -> type[_Discarded]:
-    """Stands for getattr, by which pickles name methods: OneCycleLR of torch 1 saves one of its own."""
+    """Stand-in for getattr, by which pickles refer to methods, as those of OneCycleLR of torch 1 do."""
     return _Discarded
 
 
@@ -115,41 +116,42 @@ STAND_INS: list[Any] = [
 
 
 def read_weight_file(path: str | os.PathLike[str]) -> Any:
-    """What a file of weights holds: tensors, on the CPU, in the dictionaries and lists that it keeps them in.
+    """Read a file of weights: its tensors, on the CPU, in the dictionaries and lists in which they were saved.
 
     Args:
-        path: A file of safetensors or of `torch.save`, of any age and name.
+        path: A file of safetensors or of `torch.save`, of any version and name.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: There is no file to read.
-        ValueError: It is something else, incomplete, or asks for code; the message, one line, names file and reason.
+        FileNotFoundError, IsADirectoryError, PermissionError: The file cannot be opened.
+        ValueError: The file is of another format, incomplete, or refers to code; the message, of one line, names the
+            file and the reason.
     """
     path = Path(path)
     if check_weight_file(path) == "safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is a damaged safetensors file ({error}): {AGAIN}") from error
+            raise ValueError(f"{path} is a damaged safetensors file ({error}): {RETRY}") from error
     try:
-        # Of a file's name torch would take the format from the suffix .safetensors.
+        # Opened here, since torch would take a file named .safetensors for that format.
         with path.open("rb") as file, _only_stand_ins(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the format's age
+            warnings.simplefilter("ignore")  # that old formats cause
             return torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # damaged files raise whatever the unpickler stumbles over
+    except Exception as error:  # damaged files raise errors of many types
         reason = DAMAGED if _has_broken_pickle(path) else _describe_failure(str(error))
         raise ValueError(f"{path} {reason}") from None
 
 
 def check_weight_file(path: Path) -> str:
-    """The format of a file of weights, "safetensors" or "torch", by its first bytes and its size.
+    """Recognize the format of a file of weights, "safetensors" or "torch", by its first bytes and its size.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: There is no file to read.
-        ValueError: It is of neither, or is plainly incomplete; the message says what it is.
+        FileNotFoundError, IsADirectoryError, PermissionError: The file cannot be opened.
+        ValueError: The file is of neither format, or incomplete; the message describes it.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a file of weights")
@@ -159,7 +161,7 @@ def check_weight_file(path: Path) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
     if not head:
-        raise ValueError(f"{path} is empty: {AGAIN}")
+        raise ValueError(f"{path} is empty: {RETRY}")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_SAFETENSORS_HEADER:
         _check_safetensors(path)
         return "safetensors"
@@ -171,14 +173,14 @@ def check_weight_file(path: Path) -> str:
 
 
 def few(names: list[str], shown: int = 3) -> str:
-    """The first names of a list, and how many more there are; for messages, whatever a file has put into a name."""
+    """List the first names and how many more there are, for messages; names of any content become printable."""
     names = [name if name.isprintable() and len(name) <= 120 else ascii(name)[:120] for name in names]
     more = f", and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 def _check_safetensors(path: Path) -> None:
-    """Raise ValueError where a file has not all that its header announces."""
+    """Raise ValueError where a file is shorter than its header says, or the header is damaged."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -189,23 +191,23 @@ def _check_safetensors(path: Path) -> None:
             entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
             needed += max((entry["data_offsets"][1] for entry in entries), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise ValueError(f"{path} is a damaged safetensors file, whose header cannot be read: {AGAIN}") from None
+            raise ValueError(f"{path} is a damaged safetensors file, whose header cannot be read: {RETRY}") from None
     if size < needed:
-        raise ValueError(f"{path} is cut short: {size:,} bytes of a safetensors file of at least {needed:,}; {AGAIN}")
+        raise ValueError(f"{path} is cut short: {size:,} bytes of a safetensors file of at least {needed:,}; {RETRY}")
 
 
 def _check_zip(path: Path) -> None:
     """Raise ValueError unless a zip archive is one of torch.save.
 
     Raises:
-        ValueError: It is cut, TorchScript, or an archive of other things; the message names it.
+        ValueError: The file is cut short, a TorchScript program, or another archive; the message says which.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile:
         size = path.stat().st_size
-        raise ValueError(f"{path} is cut short or damaged: it ends after {size:,} bytes; {AGAIN}") from None
+        raise ValueError(f"{path} is cut short or damaged: it ends after {size:,} bytes; {RETRY}") from None
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner:
         raise ValueError(
@@ -217,7 +219,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _describe_foreign(head: bytes, size: int) -> str:
-    """What a file is that holds no weights, by its first bytes; and what to do."""
+    """Describe a file that holds no weights by its first bytes, and what to do about it."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     lower = text.lower()
     if lower.startswith(GIT_LFS_POINTER):
@@ -240,7 +242,7 @@ def _describe_foreign(head: bytes, size: int) -> str:
         if head.startswith(magic):
             return f"is {kind}, not weights of PyTorch"
     if not head.strip(b"\0"):
-        return f"holds nothing but zeros, as interrupted downloads do: {AGAIN}"
+        return f"holds nothing but zeros, as interrupted downloads do: {RETRY}"
     if head[0] == 0x80 and head[1:2] <= b"\x05" and len(head) > 32:
         return (
             "is a pickle that torch.save did not write; it is refused, since unpickling can run code: "
@@ -251,11 +253,11 @@ def _describe_foreign(head: bytes, size: int) -> str:
         return f"is text that begins {line[:40]!r}, not weights"
     if b"onnx" in lower or b"pytorch" in lower[:64]:
         return "is an ONNX model: its weights cannot be converted back"
-    return f"is no file of weights that is known here ({size:,} bytes), or is damaged: {AGAIN}"
+    return f"is no file of weights that is known here ({size:,} bytes), or is damaged: {RETRY}"
 
 
 def _describe_failure(message: str) -> str:
-    """Why torch has not read a file; in other words than its own, which recommend to run what is in the file."""
+    """Describe why torch has not read a file. Its own messages are not used: they recommend running its code."""
     if name := re.search(r"GLOBAL ([\w.]+)", message):
         return (
             f"asks for {name[1]}, which is no weight, and is refused, since it could run code: "
@@ -275,22 +277,22 @@ def _describe_failure(message: str) -> str:
 
 
 def _has_broken_pickle(path: Path) -> bool:
-    """Whether a file that is no zip archive ends, or makes no sense, within the four pickles at its beginning."""
+    """Whether a file that is not a zip archive is cut off or damaged within the four pickles at its beginning."""
     if zipfile.is_zipfile(path):
         return False
     with path.open("rb") as file:
         try:
-            for _ in range(4):  # the magic number, the protocol, the system, and the object itself
+            for _ in range(4):  # magic number, protocol, system information, and the object itself
                 for _ in pickletools.genops(file):
                     pass
-        except Exception:  # whatever the damage makes of an opcode's argument
+        except Exception:  # damaged arguments of opcodes raise errors of many types
             return True
     return False
 
 
 @contextmanager
 def _only_stand_ins() -> Iterator[None]:
-    """Replace what the process allows torch to unpickle by the stand-ins, for a while."""
+    """Temporarily allow torch to unpickle the stand-ins only, instead of what the process has allowed."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:

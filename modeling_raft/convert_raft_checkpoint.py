@@ -1,4 +1,4 @@
-"""Weights of the original RAFT (princeton-vl), of torchvision and of this project, whatever wrote them, as a model.
+"""Convert weights of the original RAFT (princeton-vl), torchvision or this project to a model, and load models.
 
 python -m modeling_raft.convert_raft_checkpoint raft-things.pth raft-things/
 """
@@ -37,34 +37,34 @@ from .weight_layouts import (
 
 logger = logging.get_logger(__name__)
 
-# Whoever gives such a name means a file. What a file holds never depends on its name.
+# A name with such a suffix means a file, not a repository. The content of a file is never guessed from its suffix.
 WEIGHT_SUFFIXES = {".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors", ".th", ".pkl", ".pickle", ".zip", ".npz"}
 
 
 def convert_state_dict(state_dict: Mapping[str, Any]) -> RaftForOpticalFlow:
-    """The model that princeton's, torchvision's or this project's weights belong to, with these weights, in float32.
+    """Convert weights of princeton-vl, torchvision or this project to a model in float32, in eval mode.
 
     Args:
         state_dict: Names to tensors, or a checkpoint that holds such a dictionary (`{"model": {...}, "epoch": 3}`).
-            Prefixes of modules that wrap the RAFT (`module.`, `model.raft.`) are left off.
+            Prefixes of modules that wrap the RAFT (`module.`, `model.raft.`) are removed.
 
     Raises:
-        ValueError: There are no weights of a RAFT, or several, or they are not finite; the message, of at most five
-            lines, says what they look like.
+        ValueError: There are no weights of a RAFT, or those of several, or they are not finite. The message, of at
+            most five lines, describes them.
     """
     return _convert(state_dict, known_layouts(), "the state dict", {})
 
 
 def convert_file(path: str | os.PathLike[str], **overrides: Any) -> RaftForOpticalFlow:
-    """As `convert_state_dict`, of a file of any suffix, from which no code is run.
+    """Convert a file of weights as `convert_state_dict` does. Its suffix does not matter, and no code in it is run.
 
     Args:
         path: A file of `torch.save` or of safetensors.
-        overrides: Fields of `RaftConfig` that win over those of the weights and change no weight.
+        overrides: Fields of `RaftConfig` that replace those of the weights, and that change the shape of no weight.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: There is no file to read.
-        ValueError: The file holds no weights of a RAFT; the message names it.
+        FileNotFoundError, IsADirectoryError, PermissionError: The file cannot be opened.
+        ValueError: The file holds no weights of a RAFT; the message names the file.
     """
     content = read_weight_file(path)
     layouts = (*_layout_of_folder(Path(path).parent), *known_layouts())
@@ -75,16 +75,15 @@ def convert_file(path: str | os.PathLike[str], **overrides: Any) -> RaftForOptic
 
 
 def load_raft(source: str | os.PathLike[str], **overrides: Any) -> RaftForOpticalFlow:
-    """A model from a folder, a Hub repository or a file of weights, in float32, in eval mode.
+    """Load a model in float32, in eval mode, from a folder, a Hub repository or a file of weights.
 
     Args:
-        source: What is a file is read as `convert_file` does, whatever its suffix. Else a folder of `save_pretrained`,
-            or a repository id.
-        overrides: Fields of `RaftConfig` that win over those of the source and change no weight.
+        source: A file that `convert_file` reads, a folder of `save_pretrained`, or a repository id.
+        overrides: Fields of `RaftConfig` that replace those of the source, and that change the shape of no weight.
 
     Raises:
-        ValueError: What is there is no RAFT model, or not all of one, or its weights are not finite.
-        OSError: Nothing is there.
+        ValueError: The source is not a complete RAFT model, or its weights are not finite.
+        OSError: The source does not exist.
     """
     if os.path.isfile(source):
         return convert_file(source, **overrides)
@@ -104,7 +103,7 @@ def load_raft(source: str | os.PathLike[str], **overrides: Any) -> RaftForOptica
     except (SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{source}: {error}") from error
     model, report = loaded
-    # from_pretrained would go on with random weights in their place.
+    # from_pretrained would use random weights in their place.
     problems = {name: report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[name]}
     if problems:
         lines = [f"{name.replace('_', ' ')}: {few(sorted(map(str, keys)))}" for name, keys in problems.items()]
@@ -117,7 +116,7 @@ def load_raft(source: str | os.PathLike[str], **overrides: Any) -> RaftForOptica
 
 
 def _convert(content: Any, layouts: tuple[Layout, ...], name: str, overrides: Mapping[str, Any]) -> RaftForOpticalFlow:
-    """The model in a checkpoint; `name` is for what is logged."""
+    """Convert the content of a checkpoint to a model; `name` is for log messages."""
     state_dicts = list(find_state_dicts(content))
     if not state_dicts:
         keys = f" of {few([str(key) for key in content])}" if isinstance(content, Mapping) and content else ""
@@ -139,7 +138,7 @@ def _convert(content: Any, layouts: tuple[Layout, ...], name: str, overrides: Ma
 
 
 def _log_choice(fit: Fit, fits: list[Fit], name: str) -> None:
-    """Say which weights are taken where it is not plain."""
+    """Log which weights are taken, where there is a choice."""
     others = [other.path or "the top level" for other in fits if other is not fit]
     parts = [f"its weights under {fit.path!r}" if fit.path else "the weights at its top level"]
     if others:
@@ -151,7 +150,7 @@ def _log_choice(fit: Fit, fits: list[Fit], name: str) -> None:
 
 
 def _layout_of_folder(folder: Path) -> list[Layout]:
-    """Of the model that a folder's config.json describes; none where it describes no RAFT."""
+    """Return the layout of the model that a folder's config.json describes, or no layout if it describes no RAFT."""
     path = folder / "config.json"
     if not path.is_file():
         return []
@@ -160,13 +159,16 @@ def _layout_of_folder(folder: Path) -> list[Layout]:
         if content.get("model_type") != RaftConfig.model_type:
             return []
         return [make_layout(f"the RAFT of {path}", RaftConfig.from_dict(content))]
-    except (OSError, StrictDataclassError) as error:  # the weights may be of another program, and not need it
+    except (
+        OSError,
+        StrictDataclassError,
+    ) as error:  # weights of another program do not need it
         logger.warning("%s is not used: %s", path, error)
         return []
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise an error where files of a folder are not what from_pretrained would take them for."""
+    """Raise an error where from_pretrained would misread the files of a folder."""
     for path in sorted(folder.glob("*.safetensors")):
         check_weight_file(path)
     files = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in WEIGHT_SUFFIXES]
@@ -175,7 +177,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_repository_id(source: str) -> None:
-    """Raise an error where a name means a file or folder, so that the Hub need not be asked for it."""
+    """Raise an error where a name means a file or folder, without asking the Hub for it."""
     if "://" in source:
         raise ValueError(f"{source} is a URL: download the file of weights and give its path, or give a repository id")
     if os.path.exists(source):
@@ -187,7 +189,7 @@ def _check_repository_id(source: str) -> None:
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where weights are not numbers: every flow of theirs would be none, too."""
+    """Raise ValueError where weights are NaN or infinite."""
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(
@@ -204,8 +206,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     parser = _Parser(
         prog="convert_raft_checkpoint",
-        description="Convert weights of princeton-vl/RAFT, torchvision or this project, large or small, whatever "
-        "training program saved them.",
+        description="Convert weights of princeton-vl/RAFT, torchvision or this project, large or small, saved by any "
+        "training program.",
     )
     parser.add_argument("source", type=Path, help="a file of torch.save or safetensors, of any suffix")
     parser.add_argument("out_dir", type=Path, help="folder to write, for from_pretrained")

@@ -1,4 +1,4 @@
-"""RAFT as an ONNX file, with a fixed number of updates and for any batch and image size.
+"""Export RAFT to an ONNX file, with a fixed number of updates and for any batch and image size.
 
 python -m modeling_raft.export_onnx raft-things raft.onnx --num_flow_updates 20
 """
@@ -20,7 +20,7 @@ from .configuration_raft import DOWNSAMPLE_FACTOR
 from .convert_raft_checkpoint import load_raft
 from .modeling_raft import RaftForOpticalFlow
 
-MIN_OPSET = 18  # torch's exporter has no older operators; what converts its files to 17 gives invalid ones
+MIN_OPSET = 18  # torch's exporter writes no older version, and converting its files to 17 gives invalid ones
 MAX_DIFFERENCE = 0.01  # pixels, between onnxruntime and torch
 
 INPUTS_AND_OUTPUTS = {
@@ -33,7 +33,7 @@ INPUTS_AND_OUTPUTS = {
 
 
 class FixedUpdates(nn.Module):
-    """The model with one input and tensors as outputs: what a file can hold."""
+    """The model with one input and a tuple of tensors as output, as an ONNX file needs it."""
 
     def __init__(self, model: RaftForOpticalFlow, num_flow_updates: int):
         super().__init__()
@@ -47,14 +47,14 @@ class FixedUpdates(nn.Module):
 
 
 def dynamic_shapes(model: RaftForOpticalFlow) -> dict[str, dict[int, Any]]:
-    """What may differ from the traced `pixel_values`, as `torch.export.export` takes it: batch, height, width."""
+    """Name the dynamic sizes of `pixel_values` (batch, height, width), as `torch.export.export` takes them."""
     smallest = model.config.min_image_size // DOWNSAMPLE_FACTOR
     height, width = Dim("grid_height", min=smallest), Dim("grid_width", min=smallest)
     return {"pixel_values": {0: Dim("batch", min=1), 3: DOWNSAMPLE_FACTOR * height, 4: DOWNSAMPLE_FACTOR * width}}
 
 
 def moving_texture(batch: int, height: int, width: int) -> Tensor:
-    """`pixel_values` `(batch, 2, 3, height, width)` of a smooth texture that moves by (3, 2) pixels."""
+    """Make `pixel_values` `(batch, 2, 3, height, width)` of a smooth texture that moves by (3, 2) pixels."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(batch, 3, height // DOWNSAMPLE_FACTOR, width // DOWNSAMPLE_FACTOR, generator=generator)
     frame1 = 2 * F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1) - 1
@@ -66,23 +66,23 @@ def export_onnx(
 ) -> float | None:
     """Write an ONNX file, and check it.
 
-    The file has the input and outputs of `INPUTS_AND_OUTPUTS`, and what they mean as metadata. It correlates all pairs
-    of pixels, as `correlation="dense"` does, in float32.
+    The file has the input and outputs of `INPUTS_AND_OUTPUTS`, whose descriptions are in its metadata. It correlates
+    all pairs of pixels, as `correlation="dense"` does, in float32.
 
     Args:
-        model: Stays as it is; exported is a copy on the CPU, in float32, in eval mode.
-        path: The file to write; it appears when it has passed the checks, and replaces an older one.
-        num_flow_updates: Updates of the flow, as often as which the update block is in the file; None: as the model's
-            configuration says.
-        opset: Version of ONNX's operators, from 18 on.
+        model: It is not changed; a copy on the CPU, in float32 and in eval mode, is exported.
+        path: The file to write. It is created, and replaces an older one, after it has passed the checks.
+        num_flow_updates: Updates of the flow; the file contains the update block as many times. None: the number in
+            the model's configuration.
+        opset: Version of ONNX's operators, at least 18.
 
     Returns:
-        The largest difference of its flow to the model's, in pixels, in onnxruntime on two sizes that are not the
+        The largest difference of the file's flow in onnxruntime to the model's, in pixels, on two sizes other than the
         traced one; None where onnxruntime is not installed.
 
     Raises:
-        ImportError: onnx or onnxscript is missing.
-        ValueError: A number is out of range, or the flow differs by more than 0.01 px.
+        ImportError: onnx or onnxscript is not installed.
+        ValueError: An argument is out of range, or the flow differs by more than 0.01 px.
         OSError: The file cannot be written.
     """
     try:
@@ -102,12 +102,12 @@ def export_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
 
     model = copy.deepcopy(model).cpu().float().eval()
-    model.config.correlation = "dense"  # the program of a file cannot choose
+    model.config.correlation = "dense"  # a file cannot choose by the free memory
     fixed = FixedUpdates(model, num_flow_updates).eval()
     smallest = model.config.min_image_size
-    # No size is 1, on no pyramid level, and none occurs twice: what is exported of such a size is for this size only.
+    # On no pyramid level may a size be 1, or two sizes be equal: the exporter would take these for constants.
     example = moving_texture(2, 2 * smallest + DOWNSAMPLE_FACTOR, 2 * smallest + 2 * DOWNSAMPLE_FACTOR)
-    # Written beside the file, where it can be moved from, and where there is room for it.
+    # Written to the same file system, so that the finished file can be moved to its place in one step.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, torch.no_grad():
         written = Path(folder) / path.name
         program = torch.onnx.export(
@@ -136,7 +136,7 @@ def export_onnx(
 
 
 def difference_in_onnxruntime(fixed: FixedUpdates, path: Path) -> float | None:
-    """The largest difference of a file's flow to the model's, in pixels; None where onnxruntime is not installed."""
+    """Compute the largest difference of a file's flow to the model's, in pixels; None without onnxruntime."""
     try:
         import onnxruntime
     except ImportError:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_flow_updates", type=int, help="updates of the flow (default: the model's)")
     parser.add_argument("--opset", type=int, default=MIN_OPSET, help=f"version of ONNX's operators ({MIN_OPSET})")
     args = parser.parse_args(argv)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of what it does not optimize
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs every optimization that it leaves out
     try:
         model = load_raft(args.model)
         difference = export_onnx(model, args.output, args.num_flow_updates, args.opset)

@@ -1,6 +1,6 @@
-"""Frames of any kind to `(H, W, 3)` uint8 RGB: the one way from a user's file, image or array to pixels.
+"""Convert frames of any kind to `(H, W, 3)` uint8 RGB. Every frame of prediction passes through this module.
 
-Pillow decodes files. OpenCV decodes what Pillow would cut to 8 bits (16-bit color) or does not know (float color).
+Pillow decodes files. OpenCV decodes those that Pillow would cut to 8 bits (16-bit color) or cannot read (float color).
 
 Every frame becomes 8-bit by a linear map of an intensity range `(low, high)` to 0..255. The range is a property of the
 frames' type, never of one frame alone, since two frames that are scaled differently no longer match:
@@ -66,8 +66,8 @@ class FrameConverter:
             arrays, first for tensors.
 
     Attributes:
-        mapped_range: The intensity range that is in use where it was chosen from 16-bit frames or given; None before
-            the first frame, and for frames whose range goes without saying.
+        mapped_range: The intensity range in use, if it was given or chosen from 16-bit frames; None before the first
+            frame, and for 8-bit and float frames.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class FrameConverter:
                 self._ranges[kind] = self._choose_range(kind, *found)
 
     def _forget_flat_range(self) -> None:
-        """Let later frames choose the range where the first ones have one value only, as in a fade from black."""
+        """Forget the range of frames with a single value, as in a fade from black: later ones choose it."""
         low, high = self._ranges.get("integer", (0.0, 1.0))
         if low == high:
             del self._ranges["integer"]
@@ -180,27 +180,29 @@ def _check_intensity_range(intensity_range: Any) -> tuple[float, float]:
 
 
 def _typical_levels(arrays: list[np.ndarray], low: float, high: float) -> float:
-    """Gray levels between the 1st and the 99th percentile of the values, of 255 for all from low to high."""
+    """Count the gray levels between the 1st and 99th percentile of the values, if low to high become 255 levels."""
     lower, upper = np.percentile(np.concatenate([array[::4, ::4].ravel() for array in arrays]), [1, 99])
     return float((upper - lower) * 255 / (high - low)) if high > low else 0.0
 
 
 def read_frames(frames: Sequence[Any], **options: Any) -> list[np.ndarray]:
-    """Frames of a pair as `(H, W, 3)` uint8 RGB; arguments are those of `FrameConverter` and its `convert`."""
+    """Convert the frames of a pair to `(H, W, 3)` uint8 RGB; `options` are the arguments of `FrameConverter`."""
     names = [describe(frame, f"frame {number}") for number, frame in enumerate(frames, start=1)]
     return FrameConverter(**options).convert(frames, names)
 
 
 def describe(frame: Any, name: str) -> str:
-    """The name of a frame in messages: with its path, where it has one."""
+    """Return the name of a frame for messages, with its path if it has one."""
     return f"{name} ({os.fspath(frame)})" if isinstance(frame, (str, os.PathLike)) else name
 
 
 def read_frame(frame: Any, name: str, input_data_format: str | None = None) -> np.ndarray:
-    """One frame upright as `(H, W, 3)`, in its own type and depth and in memory of its own.
+    """Read one frame, upright, as `(H, W, 3)` in its own type and depth. The array shares no memory with the input.
 
     Args:
-        frame, name, input_data_format: As in `FrameConverter`; a path may be a URL.
+        frame: A frame of any kind, as `FrameConverter.convert` takes it; a path may be a URL.
+        name: What to call it in messages.
+        input_data_format: As `FrameConverter` takes it.
 
     Raises:
         ValueError: It is not one of the kinds of frames, or a file is damaged or of an unknown format.
@@ -251,14 +253,14 @@ def _download(url: str, name: str) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
-    """The first image of a file's content, upright."""
+    """Decode the first image in the content of a file, upright."""
     if not data:
         raise ValueError(f"{name} is empty")
     if data.startswith(PNG_SIGNATURE):
         data = _without_comments(data)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large images are no attack here; damage is an error
+            warnings.simplefilter("ignore")  # about large images, which are expected; damage is an error
             image = PIL.Image.open(BytesIO(data))
     except PIL.UnidentifiedImageError as error:
         return _decode_by_opencv(
@@ -273,9 +275,9 @@ def _decode(data: bytes, name: str) -> np.ndarray:
 
 
 def _without_comments(data: bytes) -> bytes:
-    """A PNG without its ancillary chunks (text, dates and the like), at whose damage decoders stop; EXIF is kept.
+    """Remove the ancillary chunks of a PNG (text, dates) except EXIF, since decoders stop at damaged ones.
 
-    A chunk that is cut off is kept as it is, so that the decoder sees that the file is.
+    A chunk that is cut off is kept, so that the decoder sees that the file is cut off.
     """
     kept, position = [data[:8]], 8
     while position < len(data):
@@ -306,7 +308,7 @@ def _from_pil(image: "PIL.Image.Image", name: str, data: bytes | None = None) ->
 
 
 def _turn_upright(pixels: np.ndarray, image: "PIL.Image.Image") -> np.ndarray:
-    """Turn the stored rows and columns as the image's EXIF orientation says."""
+    """Transpose and flip the stored rows and columns according to the EXIF orientation of the image."""
     try:
         orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # damaged metadata do not make the pixels wrong
@@ -334,7 +336,7 @@ def _pil_to_array(image: "PIL.Image.Image", name: str) -> np.ndarray:
 
 
 def _is_cut_to_8_bits(image: "PIL.Image.Image") -> bool:
-    """Whether Pillow will silently cut a 16-bit color image to 8 bits when it decodes it."""
+    """Whether Pillow would silently cut a 16-bit color image to 8 bits when it decodes it."""
     tiles = getattr(image, "tile", None)  # none once it is decoded
     if image.mode in DEEP_MODES or not tiles:
         return False
@@ -353,7 +355,7 @@ def _decodes_to_16_bits(image: Any) -> bool:
 
 
 def _content(image: Any, name: str) -> bytes:
-    """The file of an image that Pillow has opened and not yet decoded."""
+    """Read the file of an image that Pillow has opened and not yet decoded."""
     if image.tell() > 0:
         raise ValueError(f"{name} is a later page of a file of 16-bit color images; give its pixels as an array")
     try:
@@ -367,7 +369,7 @@ def _content(image: Any, name: str) -> bytes:
 
 
 def _decode_by_opencv(data: bytes, name: str, failure: str, cause: Exception | None = None) -> np.ndarray:
-    """Pixels as they are stored, of any depth."""
+    """Decode pixels of any depth as they are stored."""
     if _opencv() is None:
         raise ValueError(f"{name} needs OpenCV to be decoded: pip install opencv-python-headless") from cause
     pixels = _imdecode(data)
@@ -391,7 +393,7 @@ def _imdecode(data: bytes) -> np.ndarray | None:
     cv2 = _opencv()
     log: Any = cv2.utils.logging
     level = log.getLogLevel()
-    log.setLogLevel(log.LOG_LEVEL_SILENT)  # what it cannot decode is an error here, and no line on stderr
+    log.setLogLevel(log.LOG_LEVEL_SILENT)  # a file that it cannot decode must not print to stderr
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
@@ -401,7 +403,7 @@ def _imdecode(data: bytes) -> np.ndarray | None:
 
 
 def _from_array(array: np.ndarray, name: str, channels_last: bool) -> np.ndarray:
-    """`(H, W)`, `(H, W, C)` or `(C, H, W)` of any numbers to `(H, W, 3)` in native byte order, copied."""
+    """Copy `(H, W)`, `(H, W, C)` or `(C, H, W)` of any numeric type to `(H, W, 3)` in native byte order."""
     if array.dtype.kind not in "buif":
         raise ValueError(f"{name} must hold real numbers; got {array.dtype}")
     if array.size == 0:
@@ -421,7 +423,7 @@ def _from_array(array: np.ndarray, name: str, channels_last: bool) -> np.ndarray
 
 
 def _narrow(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """8-bit values that lie in wider integers, as uint8; not of uint16, whose range is that of a 16-bit file."""
+    """Convert wider integers that hold 8-bit values to uint8, but not uint16, whose range is that of a 16-bit file."""
     wide = [array for array in arrays if _kind(array) == "integer"]
     if any(array.dtype == np.uint16 or array.min() < 0 or array.max() > 255 for array in wide):
         return arrays
@@ -440,7 +442,7 @@ def _check_finite(array: np.ndarray, name: str) -> None:
 
 
 def _float_range(arrays: list[np.ndarray], names: list[str], unit_only: bool) -> tuple[float, float]:
-    """0..1 or 0..255, whichever the values of float frames mean."""
+    """Recognize whether float frames are in 0..1 or 0..255."""
     for array, name in zip(arrays, names, strict=True):
         _check_finite(array, name)
     highest = max(float(array.max()) for array in arrays)

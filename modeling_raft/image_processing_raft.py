@@ -1,4 +1,4 @@
-"""Pairs of images to the model's input, and its output back to flow at the images' size."""
+"""Convert pairs of images to the model's input, and its output to flow at the size of the images."""
 
 from typing import Any
 
@@ -60,8 +60,8 @@ class RaftImageProcessor(TorchvisionBackend):
             images: `[frame1, frame2]`, or a list of such pairs. A frame is a path, a URL, the bytes of an image file,
                 a PIL image, or an array or tensor `(H, W, 3)`, `(3, H, W)` or `(H, W)`. Arrays `(2, ...)` and
                 `(B, 2, ...)` of frames work too. Gray frames become RGB, transparency is dropped, images with an EXIF
-                orientation are turned upright; `frames_raft.py` says how depths other than 8 bits are scaled.
-            kwargs: Options that differ from the processor's own, and `return_tensors="pt"`. `do_rescale=False` says
+                orientation are turned upright; `frames_raft.py` describes how depths other than 8 bits are scaled.
+            kwargs: Options that differ from the processor's own, and `return_tensors="pt"`. `do_rescale=False` means
                 that frames are floats in 0..1.
 
         Returns:
@@ -82,7 +82,7 @@ class RaftImageProcessor(TorchvisionBackend):
         device: Any = None,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """All frames as `(3, H, W)` uint8 in one list: frame 1 and 2 of the first pair, then of the next."""
+        """Convert all frames to `(3, H, W)` uint8, in one list: frames 1 and 2 of the first pair, then of the next."""
         if input_data_format is not None:
             input_data_format = str(getattr(input_data_format, "value", input_data_format))
         options = {"intensity_range": intensity_range, "input_data_format": input_data_format}
@@ -111,7 +111,7 @@ class RaftImageProcessor(TorchvisionBackend):
         sizes = {tuple(image.shape[-2:]) for image in images}
         if len(sizes) > 1:
             raise ValueError(f"all images of a batch must have one size (height, width); got {sorted(sizes)}")
-        if not do_rescale:  # frames were in 0..1, and are 8-bit by now as all others
+        if not do_rescale:  # frames were in 0..1, but have been converted to 8 bits like all others
             do_rescale, rescale_factor = True, 1 / 255
         processed = [
             self.rescale_and_normalize(image[None], do_rescale, rescale_factor, do_normalize, image_mean, image_std)
@@ -127,18 +127,18 @@ class RaftImageProcessor(TorchvisionBackend):
     def post_process_optical_flow(
         self, outputs: Any, target_sizes: Any = None, height_padding: str | None = None, min_size: int | None = None
     ) -> list[dict[str, Tensor]]:
-        """Take the padding off the flow.
+        """Remove the padding from the flow.
 
         Args:
             outputs: `RaftOutput`, its flow `(B, 2, H, W)`.
             target_sizes: (height, width) of each pair's images before they were padded; None: keep the padding.
-            height_padding, min_size: As they were given to `preprocess`; None: the processor's own.
+            height_padding, min_size: The values that `preprocess` had; None: the processor's own.
 
         Returns:
-            For each pair `{"flow": (2, height, width)}` in pixels.
+            For each pair `{"flow": (2, height, width)}`, in pixels.
 
         Raises:
-            ValueError: Not one size for each pair, or a size that this processor does not pad to that of the flow.
+            ValueError: There is not one size for each pair, or a size is not padded to that of the flow.
         """
         height_padding = self.height_padding if height_padding is None else height_padding
         min_size = self.min_size if min_size is None else min_size
@@ -165,7 +165,7 @@ class RaftImageProcessor(TorchvisionBackend):
 
 
 def image_padding(height: int, width: int, height_padding: str, min_size: int) -> tuple[int, int, int, int]:
-    """Pixels to add (left, right, top, bottom) so that both sides are multiples of 8 and at least `min_size`."""
+    """Compute the padding (left, right, top, bottom) to multiples of 8 pixels, and to at least `min_size`."""
     extra_height = -(-max(height, min_size) // DOWNSAMPLE_FACTOR) * DOWNSAMPLE_FACTOR - height
     extra_width = -(-max(width, min_size) // DOWNSAMPLE_FACTOR) * DOWNSAMPLE_FACTOR - width
     top = extra_height // 2 if height_padding == "split" else 0
@@ -173,7 +173,7 @@ def image_padding(height: int, width: int, height_padding: str, min_size: int) -
 
 
 def _as_pairs(images: Any) -> list[list[Any]]:
-    """A pair, or several of them, as a list of lists of two frames."""
+    """Convert one pair or several pairs to a list of lists of two frames."""
     images = _as_lists(images)
     if isinstance(images, list) and images and not any(isinstance(entry, list) for entry in images):
         images = [images]
@@ -191,7 +191,7 @@ def _as_pairs(images: Any) -> list[list[Any]]:
 
 
 def _as_lists(entry: Any) -> Any:
-    """Tuples and arrays of several frames as lists; a frame as it is."""
+    """Convert tuples and arrays of several frames to lists; return a frame as it is."""
     if isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) > 3:
         return [_as_lists(inner) for inner in entry]
     return entry

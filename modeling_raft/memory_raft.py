@@ -1,19 +1,19 @@
-"""How much memory there is."""
+"""How much memory is free, and how much there is in total."""
 
 import os
 from pathlib import Path
 
 import torch
 
-CONTAINER = Path("/sys/fs/cgroup")  # where Linux says what a container may use (version 2 of its control groups)
+CONTAINER = Path("/sys/fs/cgroup")  # where Linux has the memory limits of a container (cgroup v2)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free on a device, and that it has; of what PyTorch cannot ask, a cautious guess."""
+    """Return the free and the total bytes of a device; a cautious guess for devices that PyTorch cannot query."""
     if device.type in ("cuda", "xpu"):
         backend = getattr(torch, device.type)
         free, total = backend.mem_get_info(device)
-        # What PyTorch has taken and not given out is as good as free.
+        # Memory that PyTorch has reserved and not allocated is free as well.
         return free + backend.memory_reserved(device) - backend.memory_allocated(device), total
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()
@@ -24,7 +24,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def host_memory(container: Path = CONTAINER, meminfo: Path = Path("/proc/meminfo")) -> tuple[int, int]:
-    """Bytes that are free in this machine or container, and that it has."""
+    """Return the free and the total bytes of this machine, or of the container that limits them."""
     total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for line in _lines(meminfo):
         if line.startswith("MemAvailable:"):
@@ -32,7 +32,7 @@ def host_memory(container: Path = CONTAINER, meminfo: Path = Path("/proc/meminfo
     limit = next(iter(_lines(container / "memory.max")), "max").strip()
     if limit.isdigit() and int(limit) < total:
         total = int(limit)
-        # Not the file cache, which gives way.
+        # The file cache does not count as used, since the kernel frees it on demand.
         used = sum(int(line.split()[1]) for line in _lines(container / "memory.stat") if line.split()[0] == "anon")
         free = min(free, total - used)
     return free, total

@@ -1,6 +1,6 @@
-"""Optical flow in one call: `pipeline("optical-flow", model=...)`. And saving a model so that this call finds it.
+"""The pipeline `pipeline("optical-flow", model=...)`, and saving a model so that it can be loaded by this pipeline.
 
-`save_pretrained` of the model takes this file along, and `config.json` names it (`custom_pipelines`).
+`save_pretrained` of the model copies this file, and `config.json` names it (`custom_pipelines`).
 """
 
 import os
@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, is_torchvision_available
 
 from .frames_raft import KINDS, read_frames
 
-# Under such an `if`, transformers does not count an import among what everyone needs who loads the model alone.
+# Outside of such an `if`, transformers would require this import of everyone who loads the model alone.
 if is_torchvision_available():
     from torchvision.utils import flow_to_image
 
@@ -41,9 +41,9 @@ class OpticalFlowPipeline(Pipeline):
     _load_tokenizer: Any = False
 
     def __init__(self, *args: Any, **kwargs: Any):
-        kwargs.pop("local_files_only", None)  # `pipeline()` reads it, and hands it on
+        kwargs.pop("local_files_only", None)  # `pipeline()` uses it, and passes it on
         super().__init__(*args, **kwargs)
-        self.model.eval()  # a model in training would take its batch statistics from these frames
+        self.model.eval()  # in training mode, BatchNorm would use the statistics of these frames
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Estimate flow.
@@ -51,20 +51,20 @@ class OpticalFlowPipeline(Pipeline):
         Args:
             inputs: a tuple of two frames, or an array or tensor `(2, ...)`, is one pair. A list of pairs, or an array
                 `(B, 2, ...)`, is several; so are a generator and a `torch.utils.data.Dataset` of pairs, lazily.
-            num_flow_updates: updates of the flow; None: as the model's configuration says.
-            return_image: also draw the flow.
+            num_flow_updates: updates of the flow; None: the number in the model's configuration.
+            return_image: whether to draw the flow as well.
             intensity_range: (low, high) that become black and white; None: 0 to 255 of 8-bit frames, and the smallest
                 and the largest value of a pair of 16-bit frames.
-            batch_size, num_workers: as in any pipeline. Pairs of a batch that have different sizes are computed apart.
+            batch_size, num_workers: as in any pipeline. Pairs of different sizes in a batch are computed separately.
 
         Returns:
             For a pair `{"flow": (2, H, W)}`, float32, on the CPU: pixels, x to the right, then y down. With
             `return_image` also `"image"`, a PIL image in which the hue is the direction and the saturation the length,
-            as part of the longest. For a list a list of these, for a generator or data set an iterator.
+            as part of the longest. For a list of pairs a list of these, for a generator or data set an iterator.
 
         Raises:
-            ValueError: no pair of frames of one size, a frame that cannot be converted, or an unknown argument; the
-                message says which.
+            ValueError: the input is no pair of frames of one size, a frame cannot be converted, or an argument is
+                unknown; the message says which.
             OSError: a file cannot be read.
         """
         if args:
@@ -74,9 +74,9 @@ class OpticalFlowPipeline(Pipeline):
         if isinstance(inputs, list):
             if not inputs:
                 return []
-            for number, pair in enumerate(inputs):  # before anything is computed
-                _check_pair(pair, f"entry {number} of the list")
-        elif isinstance(inputs, tuple):  # the base class would look into it
+            for index, pair in enumerate(inputs):  # before anything is computed
+                _check_pair(pair, f"entry {index} of the list")
+        elif isinstance(inputs, tuple):  # the base class would take its entries for inputs
             _check_pair(inputs, "the tuple")
         return super().__call__(inputs, **kwargs)
 
@@ -103,9 +103,9 @@ class OpticalFlowPipeline(Pipeline):
         return max(self.image_processor.min_size, self.model.config.min_image_size)  # type: ignore[union-attr]
 
     def preprocess(self, pair: Any, intensity_range: tuple[float, float] | None = None) -> dict[str, list]:  # type: ignore[override]
-        """One pair: `pixel_values`, a list of one `(2, 3, H, W)`, and `target_size`, of one (height, width).
+        """Convert a pair to `pixel_values`, a list of one `(2, 3, H, W)`, and `target_size`, one (height, width).
 
-        In lists, since the base class would join bare tensors of a batch, which may differ in size.
+        They are in lists because the base class concatenates tensors of a batch, which may differ in size.
         """
         _check_pair(pair, "an input")
         processor: Any = self.image_processor
@@ -122,24 +122,24 @@ class OpticalFlowPipeline(Pipeline):
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [sizes[0]]}
 
     def _forward(self, inputs: Mapping[str, list], **options: Any) -> dict[str, list]:  # type: ignore[override]
-        """A pair, or a batch of them, in which every entry is a list of one again."""
+        """Estimate the flow of a pair, or of a batch that the base class makes of several pairs."""
         pairs = [entry[0] if isinstance(entry, list) else entry for entry in inputs["pixel_values"]]
         flows: list[Any] = [None] * len(pairs)
         for shape in dict.fromkeys(pair.shape for pair in pairs):
-            numbers = [number for number, pair in enumerate(pairs) if pair.shape == shape]
-            output = self.model(torch.stack([pairs[number] for number in numbers]), **options)
-            for number, flow in zip(numbers, output.flow, strict=True):
-                flows[number] = flow
+            indices = [index for index, pair in enumerate(pairs) if pair.shape == shape]
+            output = self.model(torch.stack([pairs[index] for index in indices]), **options)
+            for index, flow in zip(indices, output.flow, strict=True):
+                flows[index] = flow
         return {"flow": flows, "target_size": inputs["target_size"]}
 
     def postprocess(self, outputs: Mapping[str, Any], return_image: bool = False) -> dict[str, Any]:  # type: ignore[override]
-        """The result of one pair: `flow` holds one `(2, H, W)`, `target_size` one (height, width)."""
+        """Make the result of one pair: `flow` holds one `(2, H, W)`, `target_size` one (height, width)."""
         output = ModelOutput(flow=outputs["flow"][0][None])
         processor: Any = self.image_processor
         flow = processor.post_process_optical_flow(
             output, target_sizes=outputs["target_size"], min_size=self.min_size
         )[0]["flow"]
-        # Of its own memory: a view would keep all of the padded batch, and save it with the flow.
+        # Copied, since a view would keep the memory of the whole padded batch, also when the flow is saved.
         result: dict[str, Any] = {"flow": flow.float().clone()}
         if return_image:
             result["image"] = to_pil_image(draw_flow(result["flow"]), do_rescale=False)
@@ -147,39 +147,39 @@ class OpticalFlowPipeline(Pipeline):
 
 
 def draw_flow(flow: Tensor) -> Tensor:
-    """Flow `(2, H, W)` as colours `(3, H, W)` uint8, RGB: those of predict_flow.py, and of Middlebury.
+    """Draw flow `(2, H, W)` in the colors of Middlebury, as predict_flow.py does: `(3, H, W)` uint8, RGB.
 
-    The longest vector is fully saturated. What is not finite is white, as where nothing moves.
+    The longest vector is fully saturated. Vectors that are not finite are white, like pixels that do not move.
     """
     length = torch.linalg.vector_norm(flow, dim=0)
     finite = length.isfinite()
     longest = torch.where(finite, length, 0).max().item() or 1.0
     vectors = torch.where(finite, flow / longest, 0)
-    # flow_to_image scales by the longest vector that it is given, whatever rounding has made of it: so give it a 1.
+    # flow_to_image divides by the longest vector that it gets, which rounding may have made shorter than 1: add a 1.
     pixels = torch.cat([vectors.flatten(1), vectors.new_tensor([[1], [0]])], dim=1)
     return flow_to_image(pixels[:, None])[:, 0, :-1].reshape(3, *finite.shape)
 
 
 def save_pretrained_with_pipeline(model: Any, image_processor: Any, folder: str | os.PathLike[str]) -> None:
-    """Write everything that `pipeline("optical-flow", model=folder)` needs: both, and the code of both and of itself.
+    """Save everything that `pipeline("optical-flow", model=folder)` needs: model, image processor, and their code.
 
-    It is no more than `save_pretrained` of model and image processor: the model's takes the pipeline along. The same
-    holds for `push_to_hub`, and for a model that was loaded with `trust_remote_code`.
+    This is `save_pretrained` of the model, which copies the code of the pipeline, and of the image processor.
+    `push_to_hub` of both does the same, also for a model that was loaded with `trust_remote_code`.
 
     Args:
         model: `RaftForOpticalFlow`.
         image_processor: `RaftImageProcessor`.
-        folder: made if it is not there.
+        folder: created if it does not exist.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The folder cannot be written.
     """
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)
 
 
 def _check_pair(pair: Any, name: str) -> None:
-    """Refuse what is not two frames."""
+    """Raise ValueError where `pair` is not two frames; `name` is for the message."""
     is_frames = isinstance(pair, (tuple, list)) or getattr(pair, "ndim", 0) == 4
     if not is_frames:
         shape = f" {tuple(pair.shape)}" if hasattr(pair, "shape") else ""

@@ -1,4 +1,4 @@
-"""How princeton-vl, torchvision and this project name the weights of a RAFT, and which of these a checkpoint holds."""
+"""Names of RAFT's weights in princeton-vl, torchvision and this project, and recognizing a checkpoint by them."""
 
 import re
 from collections import Counter
@@ -13,30 +13,51 @@ from torch import Tensor
 from .checkpoint_files import few
 from .configuration_raft import RaftConfig
 from .modeling_raft import RaftForOpticalFlow
-from .other_architectures import recognize_architecture
 
-# Modules of a RAFT, in either naming: what stands before one of these is what wraps the RAFT.
+# Modules of a RAFT in any of the namings. A prefix before one of them is a module that wraps the RAFT.
 RAFT_MODULES = {
     *("fnet", "cnet", "update_block"),
     *("feature_encoder", "context_encoder", "mask_predictor", "upsampler"),
 }
 # Modules in which torch wraps another, the model or a part of it: DataParallel and DDP, torch.compile, FSDP.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Where trainers put the weights; of several that fit, the first is taken.
+# Keys under which training programs save the weights; of several that fit, the first is taken.
 CONTAINERS = "state_dict model model_state_dict net params weights raft network model_state state".split()
-MAX_DEPTH = 6  # of dictionaries within each other
+MAX_DEPTH = 6  # of nested dictionaries
+# Networks other than RAFT, for messages, and modules by which each is recognized; all of them must be there. The order
+# matters, since some of these networks are a RAFT with additions.
+OTHER_ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "SEA-RAFT": ("upsample_weight.0", "init_conv", "cnet.final_conv"),
+    "GMA (RAFT with global motion aggregation)": ("att.to_qk", "update_block.aggregator"),
+    "RAFT-Stereo": ("context_zqr_convs", "update_block"),
+    "GMFlow or UniMatch": ("feature_flow_attn", "transformer.layers"),
+    "FlowFormer": ("memory_encoder", "memory_decoder"),
+    "a RAFT of mmflow": ("decoder.gru", "decoder.flow_pred", "context"),
+    "FlowNet2": ("flownetc", "flownets_1"),
+    "PWC-Net": ("predict_flow6", "upfeat6", "dc_conv1"),
+    "FlowNet": ("predict_flow6", "deconv5", "upsampled_flow6_to_5"),
+    "SPyNet": ("basic.0.basic.0",),
+    "LiteFlowNet": ("features", "matching", "subpixel", "regularization"),
+    "a ResNet": ("layer1.0.conv1", "layer4.0.conv1"),
+    "a VGG": ("features.0", "classifier.0"),
+    "a Vision Transformer": ("blocks.0.attn.qkv",),
+    "a Vision Transformer of torchvision": ("encoder.layers.encoder_layer_0",),
+    "the UNet of a diffusion model": ("down_blocks.0", "mid_block"),
+    "a language model": ("embed_tokens", "layers.0.self_attn"),
+    "a BERT": ("embeddings.word_embeddings", "encoder.layer.0"),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The weights of a RAFT under somebody's names.
+    """The names and shapes of the weights of a RAFT in one naming.
 
     Attributes:
-        title: Whose names they are, and of which size the model is.
-        config: Of the model.
+        title: The naming and the size of the model, for messages.
+        config: Configuration of the model.
         names: Our name of every tensor -> their name.
         shapes: Their names -> shapes.
-        duplicates: Their names of tensors that they save twice.
+        duplicates: Their names of tensors that are saved twice.
     """
 
     title: str
@@ -55,10 +76,10 @@ class Fit:
     """A part of a checkpoint, compared with a layout.
 
     Attributes:
-        path: What stands before the names: keys of dictionaries, then modules that wrap the RAFT ("state_dict.raft.").
-        weights: Names without it -> tensors.
+        path: Prefix of the names: keys of dictionaries, then modules that wrap the RAFT ("state_dict.raft.").
+        weights: Names without the prefix -> tensors.
         beside: Tensors of the same dictionary that belong to other modules.
-        layout: What it is compared with.
+        layout: The layout it is compared with.
     """
 
     path: str
@@ -68,7 +89,7 @@ class Fit:
 
     @cached_property
     def missing(self) -> list[str]:
-        # How often BatchNorm has seen a batch is nothing that a network computes with, and torch 0.4 did not save it.
+        # BatchNorm's count of batches does not affect what a network computes, and torch 0.4 did not save it.
         return [
             name
             for name in self.layout.shapes
@@ -102,7 +123,7 @@ class Fit:
 
     @property
     def num_known(self) -> int:
-        """How many names of the layout are there."""
+        """How many names of the layout the checkpoint has."""
         return len(self.layout.shapes.keys() & self.weights.keys())
 
     @property
@@ -112,7 +133,7 @@ class Fit:
 
 
 def module_names(config: RaftConfig) -> Iterator[tuple[str, str, str]]:
-    """Name of every module that has weights: (ours, princeton's, torchvision's)."""
+    """Yield the names of every module that has weights: (ours, princeton's, torchvision's)."""
     for ours, theirs in (("feature_encoder", "fnet"), ("context_encoder", "cnet")):
         for name, princeton, torchvision in encoder_module_names(config):
             yield f"{ours}.{name}", f"{theirs}.{princeton}", f"{ours}.{torchvision}"
@@ -139,7 +160,7 @@ def module_names(config: RaftConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def encoder_module_names(config: RaftConfig) -> Iterator[tuple[str, str, str]]:
-    """As `module_names`, within one encoder."""
+    """Yield the names of every module with weights within one encoder: (ours, princeton's, torchvision's)."""
     yield "stem.conv", "conv1", "convnormrelu.0"
     yield "stem.norm", "norm1", "convnormrelu.1"
     for stage in range(3):
@@ -156,7 +177,7 @@ def encoder_module_names(config: RaftConfig) -> Iterator[tuple[str, str, str]]:
 
 @cache
 def known_layouts() -> tuple[Layout, ...]:
-    """Of the published architectures, under the names of princeton-vl, of torchvision and of this project."""
+    """Return the layouts of the published models, as named by princeton-vl, torchvision and this project."""
     layouts = []
     for size, config in (("large", RaftConfig()), ("small", RaftConfig.small())):
         ours, princeton, torchvision = zip(*module_names(config), strict=True)
@@ -173,15 +194,14 @@ def known_layouts() -> tuple[Layout, ...]:
 def make_layout(
     title: str, config: RaftConfig, modules: Mapping[str, str] | None = None, shortcut_norm: str | None = None
 ) -> Layout:
-    """The layout of a model.
+    """Make the layout of a model.
 
     Args:
-        title: As in `Layout`.
-        config: As in `Layout`.
+        title, config: Attributes of the `Layout`.
         modules: Our name of every module that has weights -> theirs; None: they are ours.
-        shortcut_norm: The other name under which they save the norm of a shortcut.
+        shortcut_norm: The second name under which they save the norm of a shortcut.
     """
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # shapes without memory
         tensors = RaftForOpticalFlow(config).state_dict()
     names = {}
     for name in tensors:
@@ -193,7 +213,7 @@ def make_layout(
 
 
 def find_state_dicts(content: Any, path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary of tensors in a checkpoint, with the keys that lead to it; not those of the optimizer."""
+    """Yield every dictionary of tensors in a checkpoint with the keys that lead to it, except those of optimizers."""
     if not isinstance(content, Mapping) or path.count(".") > MAX_DEPTH:
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
@@ -205,10 +225,10 @@ def find_state_dicts(content: Any, path: str = "") -> Iterator[tuple[str, dict[s
 
 
 def fit_layouts(path: str, tensors: Mapping[str, Tensor], layouts: Sequence[Layout]) -> Iterator[Fit]:
-    """For everything in a state dict that may be a RAFT, the layout that fits it best.
+    """Yield the best fitting layout for each part of a state dict that may be a RAFT.
 
-    A RAFT may be a part of another module. What is saved under the same prefix as the RAFT belongs to it, and must be
-    known; what is saved elsewhere (`criterion.weight` beside `raft.fnet.conv1.weight`) belongs to other modules.
+    A RAFT may be a part of another module. Tensors with the prefix of the RAFT belong to it, and must be known;
+    others (`criterion.weight` beside `raft.fnet.conv1.weight`) belongs to other modules.
     """
     origins = {name: _raft_prefix(name) for name in tensors}
     groups: dict[str, list[str]] = {}
@@ -218,7 +238,7 @@ def fit_layouts(path: str, tensors: Mapping[str, Tensor], layouts: Sequence[Layo
         weights = {}
         for name in tensors:
             origin = origins[name]
-            if origin is None:  # no module of a RAFT, but perhaps beside them
+            if origin is None:  # not in a module of a RAFT, but perhaps under the same prefix
                 origin = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if origin in prefixes:
                 weights[_unwrap(name.removeprefix(origin))] = name
@@ -231,13 +251,13 @@ def fit_layouts(path: str, tensors: Mapping[str, Tensor], layouts: Sequence[Layo
 
 
 def choose_fit(fits: Sequence[Fit]) -> Fit:
-    """Which of several RAFTs to take: averaged weights (EMA) before others, then in the order of `CONTAINERS`.
+    """Choose one of several RAFTs: averaged weights (EMA) before others, then in the order of `CONTAINERS`.
 
     Args:
-        fits: One at least that is complete.
+        fits: At least one of them is complete.
 
     Raises:
-        ValueError: Several are complete and differ, and none is where trainers put what is to be used.
+        ValueError: Several are complete and differ, and none is where training programs save the final weights.
     """
     complete: list[Fit] = []
     for fit in sorted((fit for fit in fits if fit.is_complete), key=_rank):
@@ -259,17 +279,17 @@ def choose_fit(fits: Sequence[Fit]) -> Fit:
 
 
 def is_usual_path(path: str) -> bool:
-    """Whether weights lie where trainers put those that are to be used."""
+    """Whether a path is one where training programs save the weights to be used."""
     return all(word in CONTAINERS for word in _plain_words(path))
 
 
 def is_averaged(path: str) -> bool:
-    """Whether weights lie where trainers put the moving average (EMA) of the weights."""
+    """Whether a path is one where training programs save the moving average (EMA) of the weights."""
     return any("ema" in _tokens(word) for word in path.split("."))
 
 
 def describe_misfit(state_dicts: Sequence[tuple[str, dict[str, Tensor]]], fits: Sequence[Fit]) -> str:
-    """At most five lines on weights that fit no layout: what they look like, the nearest layout, what differs."""
+    """Describe weights that fit no layout, in at most five lines: likely network, nearest layout, differences."""
     tensors = max((tensors for _, tensors in state_dicts), key=len)
     fit = max(fits, key=_closeness, default=None)
     looks = recognize_architecture(tensors)
@@ -302,8 +322,19 @@ def describe_misfit(state_dicts: Sequence[tuple[str, dict[str, Tensor]]], fits: 
     return "\n  ".join([first, *lines])
 
 
+def recognize_architecture(names: Iterable[str]) -> str | None:
+    """Return the architecture whose tensors have these names, behind any prefix; None if it is not listed."""
+    # In the files of sniklaus (SPyNet, LiteFlowNet) each module is called moduleBasic, in his programs netBasic.
+    text = "".join(f".{name}." for name in names)
+    text = re.sub("[.](module|net)(?=[A-Z])", ".", text).lower()
+    for architecture, modules in OTHER_ARCHITECTURES.items():
+        if all(f".{module}." in text for module in modules):
+            return architecture
+    return None
+
+
 def _describe_variant(fit: Fit) -> str:
-    """Which RAFT it is that fits a layout in most of its tensors."""
+    """Describe the variant of RAFT that fits a layout in most of its tensors."""
     layout, title = fit.layout, fit.layout.title
     name = layout.names["update_block.motion_encoder.corr_convs.0.weight"]
     received, expected = fit.weights.get(name), layout.shapes[name]
@@ -322,14 +353,14 @@ def _describe_variant(fit: Fit) -> str:
 
 
 def correlation_shape(channels: int, config: RaftConfig) -> tuple[int, int] | None:
-    """(levels, radius) of a lookup of so many correlations, with as little changed as can be; None: there is none."""
+    """Return the (levels, radius) nearest to `config` whose lookup has `channels` correlations, or None."""
     shapes = [(levels, radius) for levels in range(1, 9) for radius in range(9)]
     fitting = [shape for shape in shapes if shape[0] * (2 * shape[1] + 1) ** 2 == channels]
     return min(fitting, key=lambda s: (s[1] != config.corr_radius, s[0] != config.corr_levels), default=None)
 
 
 def _raft_prefix(name: str) -> str | None:
-    """What stands before the first module of a RAFT in a name; None: it has none."""
+    """Return the prefix before the first module of a RAFT in a name; None if it has no such module."""
     words = name.split(".")
     for i, word in enumerate(words):
         if word in RAFT_MODULES:
@@ -342,7 +373,7 @@ def _unwrap(name: str) -> str:
 
 
 def _separate_clashes(groups: Iterable[list[str]], origins: Mapping[str, str | None]) -> Iterator[list[str]]:
-    """Prefixes that differ in wrappers only are of one model, of which parts are wrapped, unless their names clash."""
+    """Yield groups of prefixes that belong to one model: prefixes that differ only in wrappers, unless names clash."""
     for prefixes in groups:
         names = [_unwrap(name) for name, origin in origins.items() if origin in prefixes]
         if len(set(names)) == len(names):
@@ -356,7 +387,7 @@ def _tokens(word: str) -> list[str]:
 
 
 def _plain_words(path: str) -> tuple[str, ...]:
-    """The words of a path but for wrappers, and for what says that weights are averaged."""
+    """Split a path into words, leaving out wrappers and the mark of averaged weights (EMA)."""
     words = ("_".join(token for token in _tokens(word) if token != "ema") for word in path.split("."))
     return tuple(word for word in words if word and word not in WRAPPERS)
 
