@@ -87,7 +87,7 @@ def photometric_weight(pixels: Tensor, neighbor: Tensor, flow: Tensor) -> Tensor
 def to_grid(values: Tensor, size: Sequence[int]) -> Tensor:
     """Bring `(..., H, W)` to the grid of the maps, `(..., h, w)`.
 
-    Each pixel of a map asks the frame's pixel under its centre. A mean over several would mix, at the edge of what
+    Each pixel of a map asks the frame's pixel under its center. A mean over several would mix, at the edge of what
     moves, two flows into one that nothing follows.
     """
     rows, columns = (

@@ -74,8 +74,8 @@ def test_encoder_convolution_is_torchs_in_either_memory_format(memory_format, ke
     doubles = [tensor.detach().double().requires_grad_() for tensor in (x, conv.weight, conv.bias)]
     expected = torch.nn.functional.conv2d(*doubles, stride, kernel_size // 2)
     expected = [expected, *torch.autograd.grad((expected * weight).sum(), doubles)]
-    for result, truth in zip(results, expected, strict=True):
-        torch.testing.assert_close(result.double(), truth, atol=0.05, rtol=0.01)
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.double(), reference, atol=0.05, rtol=0.01)
 
 
 class ConvolutionInputs(TorchDispatchMode):

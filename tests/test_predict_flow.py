@@ -76,8 +76,8 @@ def test_flow_files_hold_the_models_flow(job, name, flags, tolerance):
 def test_a_png_is_a_color_image(job, capsys):
     folder, arguments, expected = job
     predict_flow.main([*arguments, "--output", str(folder / "out.png")])
-    picture = np.asarray(Image.open(folder / "out.png")).astype(int)
-    assert np.abs(picture - draw_flow(torch.from_numpy(expected).permute(2, 0, 1))).max() <= 1  # rounding
+    image = np.asarray(Image.open(folder / "out.png")).astype(int)
+    assert np.abs(image - draw_flow(torch.from_numpy(expected).permute(2, 0, 1))).max() <= 1  # rounding
     length = np.linalg.norm(expected, axis=-1)
     assert f"1 pair, mean length {length.mean():.2f} px, longest {length.max():.2f} px" in capsys.readouterr().out
 

@@ -222,13 +222,13 @@ def test_what_is_missing_is_said(tmp_path):
         (tmp_path / f"flow/{id_}_10.png").parent.mkdir(exist_ok=True)
         (tmp_path / f"flow/{id_}_10.png").touch()
     assert find_missing("kitti_2015", "testing", tmp_path, ids) == []
-    (fault,) = find_missing("kitti_2015", "testing", tmp_path, ids[:7] + ids[8:])
-    assert "199 pairs of the 200" in fault and "missing are 000007" in fault
+    (problem,) = find_missing("kitti_2015", "testing", tmp_path, ids[:7] + ids[8:])
+    assert "199 pairs of the 200" in problem and "missing are 000007" in problem
     (tmp_path / "flow/000009_10.png").unlink()
-    (fault,) = find_missing("kitti_2015", "testing", tmp_path, ids)
-    assert fault == f"1 files are not in {tmp_path}: flow/000009_10.png"
-    (fault,) = find_missing("kitti_2015", "training", tmp_path, ids[10:])
-    assert "the server wants those of testing" in fault
+    (problem,) = find_missing("kitti_2015", "testing", tmp_path, ids)
+    assert problem == f"1 files are not in {tmp_path}: flow/000009_10.png"
+    (problem,) = find_missing("kitti_2015", "training", tmp_path, ids[10:])
+    assert "the server wants those of testing" in problem
 
 
 @pytest.mark.parametrize("name", ["middlebury", "flying_chairs", "hd1k", "pairs"])

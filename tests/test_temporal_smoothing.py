@@ -1,4 +1,4 @@
-"""Smoothing of maps along flow: against the plain formula over a whole video, against known truth, and on files."""
+"""Smoothing of maps along flow: against the plain formula over a video, against known ground truth, and on files."""
 
 import math
 import resource
@@ -74,7 +74,7 @@ def read_between(values, x, y):
     return (1 - dy) * above + dy * below, inside
 
 
-def neighbour_seen(images, flow, reverse, first, second):
+def neighbor_seen(images, flow, reverse, first, second):
     """Photometric weight, 0 where hidden, and flow, both on the frames' grid: straight from the definitions."""
     y, x = np.mgrid[: flow.shape[0], : flow.shape[1]]
     u, v = flow[..., 0], flow[..., 1]
@@ -96,14 +96,14 @@ def plain_smoothing(shapes, maps, window, reduction):
     order = np.pad(np.arange(len(maps)), window, mode="reflect")
     y, x = np.mgrid[: maps.shape[1], : maps.shape[2]]
     channels = [1] * (maps.ndim - 3)
-    centre = slice(reduction // 2, None, reduction)
+    center = slice(reduction // 2, None, reduction)
     smoothed, before, after = [], [], []
 
     def fetch(values, first, second):
         """A map as another frame would see it, and its weight."""
         flow, reverse = known.between(first, second), known.between(second, first)
-        weight = neighbour_seen(images, flow, reverse, first, second)[centre, centre]
-        u, v = np.moveaxis(flow[centre, centre] / reduction, -1, 0)
+        weight = neighbor_seen(images, flow, reverse, first, second)[center, center]
+        u, v = np.moveaxis(flow[center, center] / reduction, -1, 0)
         return read_between(values, x + u, y + v)[0], weight
 
     for first in range(len(maps)):
@@ -174,7 +174,7 @@ def test_noise_falls_as_the_number_of_averaged_maps_says(monkeypatch):
     middle = slice(window, num_frames - window)
     inner = np.s_[middle, 12:-12, 12:-12]
     everywhere = np.ones_like(clean, bool)
-    for offset in range(-window, window + 1):  # pixels that all neighbours show
+    for offset in range(-window, window + 1):  # pixels that all neighbors show
         for first in range(num_frames)[middle]:
             everywhere[first] &= visible(shapes, first, first + offset)
     error = (smoothed - clean)[inner][everywhere[inner]]
@@ -198,19 +198,19 @@ def visible(shapes, first, second):
 
 @pytest.mark.parametrize("check", [True, False])
 def test_what_is_hidden_is_not_averaged_in(monkeypatch, check):
-    """Frames of one grey, where colours cannot tell: only the way there and back says which layer is seen."""
+    """Frames of one gray, where colors cannot tell: only the way there and back says which layer is seen."""
     shapes = moving_shapes(9, 48, 64, VELOCITIES)
     if not check:
         monkeypatch.setattr(temporal_smoothing, "is_occluded", lambda flow, _: torch.zeros_like(flow[:, 0]).bool())
     layers = 100 * shapes.layers.astype(np.float32)
-    grey = np.full_like(shapes.frames, 128)
-    smoothed, _ = smooth_with_known_flow(monkeypatch, shapes, layers, 3, grey)
+    gray = np.full_like(shapes.frames, 128)
+    smoothed, _ = smooth_with_known_flow(monkeypatch, shapes, layers, 3, gray)
     pollution = abs(smoothed - layers).max()
     assert pollution < 1e-3 if check else pollution > 30
 
 
 def test_another_scene_is_not_averaged_in(monkeypatch):
-    """Flow that leads across a cut, both ways alike, is found out by the colours."""
+    """Flow that leads across a cut, both ways alike, is found out by the colors."""
     shapes = moving_shapes(8, 48, 64, [(0, 0)])
     frames = shapes.frames // 4
     frames[4:] += 180
@@ -267,7 +267,7 @@ def test_flicker_falls_with_published_weights(sample_weights):
     smoother = TemporalSmoother(model, window=2, num_flow_updates=8)
     smoothed = np.stack(list(smoother.smooth(zip(shapes.frames, maps, strict=True))))
     assert smoother.after.mean < 0.4 * smoother.before.mean
-    assert abs(smoothed - clean).mean() < 0.65 * abs(maps - clean).mean()  # and the truth is not blurred away
+    assert abs(smoothed - clean).mean() < 0.65 * abs(maps - clean).mean()  # and the ground truth is not blurred away
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def job(tmp_path):
     model.save_pretrained(tmp_path / "model")
     frames = moving_shapes(6, 64, 80, VELOCITIES).frames
     write_pictures(tmp_path / "frames", frames)
-    with VideoWriter(tmp_path / "film.mp4", frame_rate=25) as video:
+    with VideoWriter(tmp_path / "clip.mp4", frame_rate=25) as video:
         for frame in frames:
             video.write(frame)
     rng = np.random.default_rng(0)
@@ -288,7 +288,7 @@ def job(tmp_path):
     (tmp_path / "arrays").mkdir()
     for number, values in enumerate(rng.normal(size=(6, 64, 80, 2)).astype(np.float16), start=6):  # 6 to 11
         np.save(tmp_path / f"arrays/map_{number}.npy", values)
-    write_pictures(tmp_path / "grey", rng.integers(0, 256, (6, 64, 80), np.uint8))
+    write_pictures(tmp_path / "gray", rng.integers(0, 256, (6, 64, 80), np.uint8))
     write_pictures(tmp_path / "colour", rng.integers(0, 256, (6, 32, 40, 3), np.uint8))
     return tmp_path
 
@@ -337,12 +337,12 @@ def test_a_npy_file_gives_a_npy_file(job, capsys):
 
 
 def test_a_video_file_is_read(job):
-    main(command(job, "film.mp4", output="new/out.npy"))
-    smoothed, _ = expected(job, VideoReader(job / "film.mp4"), np.load(job / "maps.npy"))
+    main(command(job, "clip.mp4", output="new/out.npy"))
+    smoothed, _ = expected(job, VideoReader(job / "clip.mp4"), np.load(job / "maps.npy"))
     np.testing.assert_allclose(np.load(job / "new/out.npy"), smoothed, atol=1e-6)
 
 
-@pytest.mark.parametrize("maps", ["arrays", "grey", "colour"])
+@pytest.mark.parametrize("maps", ["arrays", "gray", "colour"])
 def test_a_folder_gives_a_folder_of_the_same_names(job, maps):
     main(command(job, maps=maps, output="new/out"))
     given, written = load(job / maps), load(job / "new/out")
@@ -391,9 +391,9 @@ def remove_last_frame(folder):
     (folder / "frames/11.png").unlink()
 
 
-def shorten_film(folder):
-    frames = list(VideoReader(folder / "film.mp4"))[:5]
-    with VideoWriter(folder / "film.mp4", frame_rate=25) as video:
+def shorten_video(folder):
+    frames = list(VideoReader(folder / "clip.mp4"))[:5]
+    with VideoWriter(folder / "clip.mp4", frame_rate=25) as video:
         for frame in frames:
             video.write(frame)
 
@@ -416,27 +416,27 @@ def spoil(name, index, value):
     return change
 
 
-def picture(mode, name="grey/8.png", size=(80, 64)):
+def write_image(mode, name="gray/8.png", size=(80, 64)):
     return lambda folder: Image.new(mode, size).save(folder / name)
 
 
-def deep_colour(folder):
-    cv2.imwrite(str(folder / "grey/8.png"), np.zeros((64, 80, 3), np.uint16))
+def deep_color(folder):
+    cv2.imwrite(str(folder / "gray/8.png"), np.zeros((64, 80, 3), np.uint16))
 
 
 def cut_off(folder):
     (folder / "maps.npy").write_bytes((folder / "maps.npy").read_bytes()[:-8])
 
 
-GREY = {"maps": "grey", "output": "out"}
+GRAY = {"maps": "gray", "output": "out"}
 
 
 @pytest.mark.parametrize(
     ("change", "paths", "message"),
     [
         (remove_last_frame, {}, "there are 5 frames and 6 maps"),
-        (shorten_film, {"frames": "film.mp4"}, "there are 5 frames and 6 maps; "),
-        (save("maps.npy", np.zeros((5, 8, 8))), {"frames": "film.mp4"}, "there are at least 6 frames and 5 maps; "),
+        (shorten_video, {"frames": "clip.mp4"}, "there are 5 frames and 6 maps; "),
+        (save("maps.npy", np.zeros((5, 8, 8))), {"frames": "clip.mp4"}, "there are at least 6 frames and 5 maps; "),
         (save("maps.npy", np.zeros((9, 8, 8))), {}, "there are 6 frames and 9 maps"),
         (spoil("maps.npy", (3, 0, 0), np.nan), {}, "map of frame 4 has values that are not finite"),
         (spoil("maps.npy", (3, 0, 0), 1e300), {}, "map of frame 4 has values that are not finite"),
@@ -457,29 +457,33 @@ GREY = {"maps": "grey", "output": "out"}
         (save("maps.npy", np.zeros((6, 8))), {}, "maps.npy: maps must be (N, h, w) or (N, h, w, C)"),
         (save("maps.npy", np.zeros((0, 8, 8))), {}, "maps.npy: "),
         (cut_off, {}, "maps.npy: no .npy file of numbers, or damaged"),
-        (picture("P"), GREY, "grey/8.png: maps must be 8-bit gray or RGB images; got uint8 of Pillow's mode P"),
-        (picture("RGBA"), GREY, "grey/8.png: maps must be 8-bit gray or RGB images; got uint8 of Pillow's mode RGBA"),
-        (picture("I;16"), GREY, "grey/8.png: maps must be 8-bit gray or RGB images; got uint16"),
-        (deep_colour, GREY, "grey/8.png: maps must be 8-bit gray or RGB images; got uint16"),
-        (picture("L", size=(80, 65)), GREY, "grey/8.png): the shape must be (64, 80), as the first"),
-        (picture("RGB"), GREY, "grey/8.png): the shape must be (64, 80), as the first; got (64, 80, 3)"),
+        (write_image("P"), GRAY, "gray/8.png: maps must be 8-bit gray or RGB images; got uint8 of Pillow's mode P"),
         (
-            lambda folder: (folder / "grey/8.png").write_bytes(b"?"),
-            GREY,
-            "grey/8.png) cannot be decoded: it is no image",
+            write_image("RGBA"),
+            GRAY,
+            "gray/8.png: maps must be 8-bit gray or RGB images; got uint8 of Pillow",
+        ),
+        (write_image("I;16"), GRAY, "gray/8.png: maps must be 8-bit gray or RGB images; got uint16"),
+        (deep_color, GRAY, "gray/8.png: maps must be 8-bit gray or RGB images; got uint16"),
+        (write_image("L", size=(80, 65)), GRAY, "gray/8.png): the shape must be (64, 80), as the first"),
+        (write_image("RGB"), GRAY, "gray/8.png): the shape must be (64, 80), as the first; got (64, 80, 3)"),
+        (
+            lambda folder: (folder / "gray/8.png").write_bytes(b"?"),
+            GRAY,
+            "gray/8.png) cannot be decoded: it is no image",
         ),
         (lambda folder: (folder / "empty").mkdir(), {"maps": "empty", "output": "out"}, "empty: no images"),
         (None, {"maps": "missing.npy"}, "missing.npy: no such file or folder"),
         (None, {"maps": "missing", "output": "out"}, "missing: no such file or folder"),
         (lambda folder: (folder / "maps.npy").write_bytes(b""), {}, "maps.npy: no .npy file of numbers"),
         (save_zip, {}, "maps.npy: no .npy file of numbers"),
-        (None, {"maps": "film.mp4"}, "film.mp4: maps are a folder or a .npy file"),
+        (None, {"maps": "clip.mp4"}, "clip.mp4: maps are a folder or a .npy file"),
         (None, {"frames": "missing.mp4"}, "missing.mp4"),
-        (picture("RGB", "frames/8.png", (81, 64)), {}, "all frames must have one size"),
+        (write_image("RGB", "frames/8.png", (81, 64)), {}, "all frames must have one size"),
         (None, {"output": "maps.npy"}, "maps.npy: is read; write to another place"),
-        (None, {"maps": "grey", "output": "frames"}, "frames: is read; write to another place"),
-        (None, {"maps": "grey", "output": "new.npy"}, "new.npy: maps of a folder are written to a folder"),
-        (None, {"maps": "grey", "output": "film.mp4"}, "film.mp4: maps of a folder are written to a folder"),
+        (None, {"maps": "gray", "output": "frames"}, "frames: is read; write to another place"),
+        (None, {"maps": "gray", "output": "new.npy"}, "new.npy: maps of a folder are written to a folder"),
+        (None, {"maps": "gray", "output": "clip.mp4"}, "clip.mp4: maps of a folder are written to a folder"),
         (None, {"output": "new"}, "new: maps of a .npy file are written to a .npy file"),
         (lambda folder: (folder / "model/model.safetensors").write_bytes(b"?"), {}, "model"),
     ],
@@ -525,9 +529,9 @@ def test_what_was_written_before_an_error_stays(job):
 
 
 def test_a_folder_keeps_what_was_written_before_an_error(job):
-    picture("P", "grey/11.png")(job)
+    write_image("P", "gray/11.png")(job)
     with pytest.raises(SystemExit, match="11.png: maps must be 8-bit gray or RGB images"):
-        main([*command(job, maps="grey", output="out"), "--window", "1"])
+        main([*command(job, maps="gray", output="out"), "--window", "1"])
     assert sorted(path.name for path in (job / "out").iterdir()) == sorted(f"{number}.png" for number in range(6, 11))
 
 

@@ -16,8 +16,8 @@ from conftest import PROJECT
 from flow_data.file_names import VIDEO_SUFFIXES, WRITTEN_FORMATS, is_video
 from flow_inference.video_files import VideoReader, VideoWriter
 
-FILM = Fraction(24000, 1001)
-LOSS = 5  # grey levels that coding may cost in the mean of a frame
+FRAME_RATE = Fraction(24000, 1001)
+LOSS = 5  # gray levels that coding may cost in the mean of a frame
 
 
 def moving_pattern(num_frames, height=96, width=128):
@@ -29,7 +29,7 @@ def moving_pattern(num_frames, height=96, width=128):
     return np.stack([texture[:, 3 * i : 3 * i + width] for i in range(num_frames)])
 
 
-def write_video(path, frames, frame_rate=FILM):
+def write_video(path, frames, frame_rate=FRAME_RATE):
     with VideoWriter(path, frame_rate) as video:
         for frame in frames:
             video.write(frame)
@@ -70,7 +70,7 @@ def test_what_is_written_is_read_back(tmp_path, suffix):
     back = list(video)
     assert len(back) == 40 and back[0].dtype == np.uint8 and back[0].flags.writeable
     assert video.num_frames == (None if suffix == ".MKV" else 40)
-    assert abs(video.frame_rate - FILM) < (1e-3 if suffix == ".MKV" else 1e-12)  # Matroska counts nanoseconds
+    assert abs(video.frame_rate - FRAME_RATE) < (1e-3 if suffix == ".MKV" else 1e-12)  # Matroska counts nanoseconds
     assert difference(back, frames).max() < LOSS < difference(back[1:], frames[:-1]).min()
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"a{suffix}"]
 
@@ -327,7 +327,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 def test_an_error_leaves_a_video_of_what_was_written(tmp_path, error):
     frames = moving_pattern(20)
     path = tmp_path / "a.mp4"
-    with pytest.raises(error), VideoWriter(path, FILM) as video:
+    with pytest.raises(error), VideoWriter(path, FRAME_RATE) as video:
         for frame in frames:
             video.write(frame)
         raise error
