@@ -22,9 +22,8 @@ from tqdm.auto import tqdm
 from flow_data.arguments import add_synthetic_flags, given_flags
 from flow_data.atomic_write import atomic_write
 from flow_data.datasets import DATASETS, SUBMISSIONS, Protocol, check_split, load_source
-from flow_data.features import to_sample
 from flow_data.flow_io import describe_loss
-from flow_data.images import disable_image_decoding
+from flow_data.optional_packages import MissingPackageError, needs_extra
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_training.flags import nearest
@@ -41,13 +40,14 @@ NAMED_PAIRS = 8  # at most, in a message
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Evaluate as the command line says; mistakes and interruptions end the program with one line."""
     args = parse_args(argv)
-    from accelerate import Accelerator
-
-    from flow_training.evaluation import check_precision
-    from flow_training.processes import refuse_sharding
-
     try:
+        with needs_extra("train"):
+            from accelerate import Accelerator
+
+            from flow_training.evaluation import check_precision
+            from flow_training.processes import refuse_sharding
         refuse_sharding()
         with use_device(args.device):
             accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.end_training()  # leaves the process group: its threads may abort this process as it ends
     except Exception as error:
         message = explain_out_of_memory(error, "the evaluation", advise_on_memory(args))
-        if message is None and not isinstance(error, (ValueError, OSError)):
+        if message is None and not isinstance(error, (ValueError, OSError, MissingPackageError)):
             raise
         sys.exit(f"evaluate_flow.py: error: {message or error}")
     except KeyboardInterrupt:
@@ -224,6 +224,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def open_dataset(args: argparse.Namespace, split: str):
     """Open the rows that the arguments name."""
+    from flow_data.images import disable_image_decoding  # and with it the package datasets
+
     check_split(args.dataset, split)
     if args.dataset == "synthetic":
         options = SyntheticOptions(textures=args.data_dir, **given_flags(args))
@@ -275,6 +277,7 @@ def draw_pairs(
     model: "RaftForOpticalFlow", dataset, protocol: Protocol, num_flow_updates: int, warm_start: bool
 ) -> Image.Image:
     """Draw the first pairs of a data set: frame 1, ground truth, predicted flow, error."""
+    from flow_data.features import to_sample
     from flow_data.visualize import stack_rows
     from flow_inference.prediction import chunk_rows, predict_rows
     from flow_inference.visualization import compare

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 from benchmarks.machine import describe_machine
 from benchmarks.options import positive, write_json
 from flow_data.datasets import DATASETS, load_source
-from flow_data.features import FlowSample, to_sample
+from flow_data.features import to_sample
+from flow_data.sample import FlowSample
 from flow_inference.prediction import predict_pair
 from flow_training.metrics import error_sums, summarize
 from modeling_raft.convert_raft_checkpoint import load_raft

@@ -33,8 +33,9 @@ from benchmarks.plain_loading import PlainPairs, read_plainly
 from benchmarks.synthetic_data import write_pairs
 from flow_data.augmentation import augment_dense, augment_sparse, draw_dense, draw_sparse
 from flow_data.datasets import DATASETS, load_source
-from flow_data.features import FlowSample, OpticalFlow, to_sample
+from flow_data.features import OpticalFlow, to_sample
 from flow_data.images import disable_image_decoding
+from flow_data.sample import FlowSample
 from flow_data.sampling import MixSource, TrainingPairs, use_one_thread
 from tests.plain_augmentation import apply_plainly
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flow_data.features import FlowSample
+from flow_data.sample import FlowSample
 
 
 class PlainPairs(Dataset):

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from flow_data.color_jitter import Adjustments, JitterRange, adjust_colors, draw_adjustments, mean_color, take_probe
-from flow_data.features import FlowSample
+from flow_data.sample import FlowSample
 
 # From princeton-vl/RAFT, core/utils/augmentor.py: FlowAugmentor (dense) and SparseFlowAugmentor (sparse).
 DENSE_JITTER = JitterRange(0.4, 0.4, 0.4, 0.5 / 3.14)

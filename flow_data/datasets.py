@@ -7,6 +7,8 @@ of a data set. An incomplete or contradictory record raises when this module is 
 Nothing is converted or cached: a row holds paths, and its images and flow are decoded when they are accessed.
 """
 
+from __future__ import annotations
+
 import difflib
 import functools
 import logging
@@ -14,15 +16,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from flow_data import readers
-from flow_data.features import OpticalFlow
 from flow_data.formats.kitti_png import KITTI_LIMITS
 from flow_data.pairing import validate_choice
 from flow_data.pairs import pairs
 from flow_data.synthetic import SyntheticOptions, synthetic
+
+if TYPE_CHECKING:  # takes a second, and the command line needs the names of the data sets only
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +190,8 @@ def is_sparse(name: str, dataset: Dataset) -> bool:
     sparse = DATASETS[name].sparse
     if sparse is not None:
         return sparse
+    from flow_data.features import OpticalFlow
+
     stored = dataset.select_columns("flow").cast_column("flow", OpticalFlow(decode=False))
     return any(flow is not None and str(flow["path"]).lower().endswith(".png") for flow in stored["flow"])
 
@@ -195,6 +200,8 @@ def has_ground_truth(dataset: Dataset) -> bool:
     """Whether the rows have flow; all of them have, or none, as in the splits for submissions."""
     if "flow" not in dataset.column_names:  # drawn when accessed
         return True
+    from flow_data.features import OpticalFlow
+
     stored = dataset.select_columns("flow").cast_column("flow", OpticalFlow(decode=False))
     return stored[0]["flow"] is not None
 

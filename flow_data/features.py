@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from flow_data.file_names import find_path
 from flow_data.flow_io import decode_flow, describe_loss, encode_flow, encode_with_loss, read_flow
 from flow_data.formats.masks import decode_mask, encode_mask
 from flow_data.images import read_pair
+from flow_data.sample import FlowSample
 
 
 @dataclass
@@ -251,32 +252,6 @@ with warnings.catch_warnings():
 FLOW_FEATURES = Features(
     {"id": Value("string"), "image1": Image(), "image2": Image(), "flow": OpticalFlow(), "valid": ValidMask()}
 )
-
-
-class FlowSample(NamedTuple):
-    """One image pair, with its flow where there is ground truth, as numpy arrays.
-
-    Args:
-        image1: `(H, W, 3)` uint8, RGB.
-        image2: `(H, W, 3)` uint8, RGB.
-        flow: `(H, W, 2)` float32, (x right, y down) in pixels, from image1 to image2; 0 where `valid` is False. None
-            without ground truth.
-        valid: `(H, W)` bool; None without ground truth, or where all of the flow is known.
-        images_without_photo_aug: both frames, `(H, W, 3)` uint8 each, without photometric augmentation, where the
-            augmentation was asked to keep them (`flow_data.augmentation.augment_dense`).
-    """
-
-    image1: np.ndarray
-    image2: np.ndarray
-    # Any rather than optional arrays: nearly every caller requires ground truth, which `to_sample` then guarantees.
-    flow: Any = None
-    valid: Any = None
-    images_without_photo_aug: tuple[np.ndarray, ...] | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the frames."""
-        return self.image1.shape[0], self.image1.shape[1]
 
 
 def to_sample(row: Mapping[str, Any], needs_flow: bool = True) -> FlowSample:

@@ -4,16 +4,18 @@ Files are matched by name, never by list position, as a folder may hold more fra
 and no file is checked on its own: FlyingThings3D has 200,000 of them.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import re
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from datasets import Dataset, Features
-
-from flow_data.features import FLOW_FEATURES
 from flow_data.file_names import find_name, find_path, index_names, natural_order
+
+if TYPE_CHECKING:  # takes a second, and the command line needs the names of the data sets only
+    from datasets import Dataset, Features
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def to_dataset(
     layout: str,
     *,
     ground_truth: bool = True,
-    features: Features = FLOW_FEATURES,
+    features: Features | None = None,
     masks: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Dataset:
     """Keep the complete pairs and build the data set, or report why there is none.
@@ -140,7 +142,7 @@ def to_dataset(
         folder: where files were looked for.
         layout: what was expected in there.
         ground_truth: a pair needs a flow.
-        features: of the rows.
+        features: of the rows; None: `FLOW_FEATURES`.
         masks: further columns, column -> id -> path; null where a pair has none.
 
     Returns:
@@ -177,7 +179,11 @@ def to_dataset(
     columns = dict(zip(Pair._fields, map(list, zip(*complete, strict=True)), strict=True))
     for column, paths in (masks or {}).items():
         columns[column] = [paths.get(pair.id) for pair in complete]
-    return Dataset.from_dict(columns, features=features)
+    from datasets import Dataset
+
+    from flow_data.features import FLOW_FEATURES
+
+    return Dataset.from_dict(columns, features=FLOW_FEATURES if features is None else features)
 
 
 def first_few(names: list[str]) -> str:

@@ -22,6 +22,8 @@ Flow in a `.png` is KITTI's format: ground truth at some pixels, which is augmen
 (`flow_data.datasets.is_sparse`).
 """
 
+from __future__ import annotations
+
 import csv
 import functools
 import io
@@ -32,14 +34,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
-from datasets import Dataset
 
 from flow_data.file_names import find_name, find_path, index_names, normalize
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.pairing import Pair, absolute, first_few, listing, to_dataset, validate_choice
+
+if TYPE_CHECKING:  # takes a second, and the command line needs the names of the data sets only
+    from datasets import Dataset
 
 logger = logging.getLogger("flow_data.datasets")
 

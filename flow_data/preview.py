@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 from flow_data.arguments import add_source_arguments, add_synthetic_flags, check_source_arguments, given_flags
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.datasets import DATASETS, is_sparse, load_source
-from flow_data.features import FlowSample, to_sample
+from flow_data.features import to_sample
 from flow_data.images import disable_image_decoding
+from flow_data.sample import FlowSample
 from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_data.visualize import draw_flow, join_row, mask_invalid, stack_rows
 

@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 
 from flow_data.arguments import add_source_arguments, check_source_arguments
 from flow_data.datasets import DATASETS, has_ground_truth, load_source
-from flow_data.features import FlowSample, OpticalFlow, to_sample
+from flow_data.features import OpticalFlow, to_sample
 from flow_data.flow_io import encode_flow
 from flow_data.formats.masks import encode_mask
+from flow_data.sample import FlowSample
 
 STORED_FILE = {"bytes": Value("binary"), "path": Value("string")}
 PUBLISHED_FEATURES = Features(

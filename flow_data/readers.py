@@ -4,14 +4,14 @@ They read the layouts of the data sets' own downloads; `root` is always the data
 before a row is accessed. Every function returns and raises what `flow_data.datasets.load_source` does.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset, Features, Image
-
-from flow_data.features import FLOW_FEATURES, OpticalFlow, ValidMask
 from flow_data.pairing import (
     Pair,
     absolute,
@@ -24,12 +24,12 @@ from flow_data.pairing import (
     validate_choice,
 )
 
+if TYPE_CHECKING:  # takes a second, and the command line needs the names of the data sets only
+    from datasets import Dataset, Features
+
 logger = logging.getLogger(__name__)
 
 PASSES = {"clean": "cleanpass", "final": "finalpass"}
-SINTEL_FEATURES = Features({**FLOW_FEATURES, "occlusion": Image(), "invalid": Image()})
-SPRING_FEATURES = Features({**FLOW_FEATURES, "flow": OpticalFlow(stride=2)})
-TARTANAIR_FEATURES = Features({**FLOW_FEATURES, "valid": ValidMask(zero_is_valid=True)})
 MIDDLEBURY_WITHOUT_TRUTH = {"Beanbags", "DogDance", "MiniCooper", "Walking"}  # kept for interpolation
 
 
@@ -136,7 +136,8 @@ def sintel(root: str | os.PathLike[str], split: str, render_pass: str = "clean")
             masks[column].update({f"{scene}/frame_{number}": path for number, path in found.items()})
     start, suffix = (flow_root, "flo") if ground_truth else (frame_root, "png")
     layout = f"SCENE/frame_0001.{suffix}, and frame_0001.png and frame_0002.png in {frame_root}/SCENE"
-    return to_dataset(source, pairs, start, layout, ground_truth=ground_truth, features=SINTEL_FEATURES, masks=masks)
+    features = _sintel_features()
+    return to_dataset(source, pairs, start, layout, ground_truth=ground_truth, features=features, masks=masks)
 
 
 def kitti_2012(root: str | os.PathLike[str], split: str) -> Dataset:
@@ -255,7 +256,7 @@ def spring(root: str | os.PathLike[str], split: str) -> Dataset:
                     pairs += consecutive_pairs(f"{scene}/{direction}_{camera}/", frames, flows, step=step)
     flow_layout = ", 0001/flow_FW_left/flow_FW_left_0001.flo5" if ground_truth else ""
     layout = f"0001/frame_left/frame_left_{{0001,0002}}.png{flow_layout}"
-    return to_dataset("spring", pairs, base, layout, ground_truth=ground_truth, features=SPRING_FEATURES)
+    return to_dataset("spring", pairs, base, layout, ground_truth=ground_truth, features=_spring_features())
 
 
 def tartanair(root: str | os.PathLike[str], split: str) -> Dataset:
@@ -286,7 +287,7 @@ def tartanair(root: str | os.PathLike[str], split: str) -> Dataset:
                 )
                 pairs += consecutive_pairs(f"{environment}/{level}/{trajectory}/", frames, flows, masks)
     layout = "ENV/{Easy,Hard}/P000/flow/000000_000001_flow.npy, ENV/{Easy,Hard}/P000/image_left/00000{0,1}_left.png"
-    return to_dataset("tartanair", pairs, base, layout, features=TARTANAIR_FEATURES)
+    return to_dataset("tartanair", pairs, base, layout, features=_tartanair_features())
 
 
 def _of_consecutive(names: dict[str, str]) -> dict[str, str]:
@@ -304,3 +305,27 @@ def _read_chairs_split(path: Path) -> list[str]:
         if line not in ("1", "2"):
             raise ValueError(f"{path}, line {number}: it must be 1 (training) or 2 (validation); got {line!r:.80}")
     return lines
+
+
+def _sintel_features() -> Features:
+    from datasets import Features, Image
+
+    from flow_data.features import FLOW_FEATURES
+
+    return Features({**FLOW_FEATURES, "occlusion": Image(), "invalid": Image()})
+
+
+def _spring_features() -> Features:
+    from datasets import Features
+
+    from flow_data.features import FLOW_FEATURES, OpticalFlow
+
+    return Features({**FLOW_FEATURES, "flow": OpticalFlow(stride=2)})
+
+
+def _tartanair_features() -> Features:
+    from datasets import Features
+
+    from flow_data.features import FLOW_FEATURES, ValidMask
+
+    return Features({**FLOW_FEATURES, "valid": ValidMask(zero_is_valid=True)})

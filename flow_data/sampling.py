@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from flow_data.features import FlowSample, to_sample
+from flow_data.features import to_sample
 from flow_data.out_of_memory import is_out_of_memory
+from flow_data.sample import FlowSample
 
 MAX_NOISE = 5.0  # sigma of 255 gray levels; princeton-vl/RAFT, train.py, --add_noise
 PIXEL_VALUES = 2 * (np.arange(256, dtype=np.float32) / 255) - 1  # of each gray level, as the model takes it

@@ -10,7 +10,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from flow_data.datasets import Protocol
-from flow_data.features import FlowSample, to_occlusion, to_sample
+from flow_data.features import to_occlusion, to_sample
+from flow_data.sample import FlowSample
 from flow_inference.prediction import Prediction, chunk_rows, predict_pair, predict_rows, split_work
 from flow_inference.visualization import draw_comparison
 from flow_training.metrics import compute_metrics, error_sums, region_metrics, region_sums, summarize

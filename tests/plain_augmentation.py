@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 
 from flow_data.augmentation import MAX_DENSE_FLOW, Augmentation
 from flow_data.color_jitter import Adjustments
-from flow_data.features import FlowSample
+from flow_data.sample import FlowSample
 
 ADJUSTMENTS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "brightness": F.adjust_brightness,

@@ -30,8 +30,8 @@ from flow_data.augmentation import (
     limit_flow,
 )
 from flow_data.color_jitter import PROBE_PIXELS, adjust_colors, draw_adjustments, mean_color, take_probe
-from flow_data.features import FlowSample
 from flow_data.flow_io import read_flow
+from flow_data.sample import FlowSample
 from flow_data.synthetic import SyntheticOptions, render_pair
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

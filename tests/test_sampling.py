@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from flow_data.augmentation import augment_dense, augment_sparse
-from flow_data.features import FlowSample
+from flow_data.sample import FlowSample
 from flow_data.sampling import MixSource, RunSampler, SampleError, TrainingPairs, use_one_thread
 
 

@@ -8,20 +8,24 @@ outlines, textures and what the camera makes of them each have a file of their o
 Shapes: `H W` frame, `L` layers, the background first.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import datasets
 import numpy as np
 from PIL import Image
 
-from flow_data.features import FlowSample
+from flow_data.sample import FlowSample
 from flow_data.synthetic.appearance import apply_appearance, draw_appearances, draw_shutter
 from flow_data.synthetic.motion import match_displacement, project
 from flow_data.synthetic.rendering import find_flow, find_masks, find_occlusion, paint
 from flow_data.synthetic.scenes import Cut, Scene, draw_ego_motion, draw_layered
 from flow_data.synthetic.textures import Pool, cut_picture, cut_pool, list_pictures, read_picture
+
+if TYPE_CHECKING:  # takes a second, and the command line needs the names of the data sets only
+    from datasets import Dataset
 
 SPLITS = {"training": 0, "validation": 1, "all": 0}  # `all` leaves what is held out held out
 POOL_SIZES = {"training": 256, "validation": 64, "all": 256}  # textures; about 1 MB of memory and 40 ms of time each
@@ -80,9 +84,7 @@ class SyntheticPair(NamedTuple):
     occlusion: np.ndarray
 
 
-def synthetic(
-    options: SyntheticOptions, split: str = "training", seed: int = 0, num_pairs: int = 22232
-) -> datasets.Dataset:
+def synthetic(options: SyntheticOptions, split: str = "training", seed: int = 0, num_pairs: int = 22232) -> Dataset:
     """A dataset of pairs that are drawn when they are accessed. Splits share neither pairs nor drawn textures.
 
     Args:
@@ -103,7 +105,9 @@ def synthetic(
     if options.textures is not None:
         list_pictures(options.textures)
     records = {"id": [f"{split}/{i:06d}" for i in range(num_pairs)], "index": list(range(num_pairs))}
-    return datasets.Dataset.from_dict(records).with_transform(partial(_draw_batch, options, seed, split))
+    from datasets import Dataset
+
+    return Dataset.from_dict(records).with_transform(partial(_draw_batch, options, seed, split))
 
 
 def _draw_batch(options: SyntheticOptions, seed: int, split: str, batch: dict[str, list]) -> dict[str, list]:
