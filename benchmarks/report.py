@@ -1,4 +1,4 @@
-"""Results of the benchmarks -> Markdown in the README, between its two markers, and the plots in docs/.
+"""Results of the benchmarks -> Markdown tables in docs/speed.md, between its two markers, and the plots in docs/.
 
     python -m benchmarks.report --results outputs/benchmarks
 
@@ -25,19 +25,19 @@ Report = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("outputs/benchmarks"), help="folder of the JSON files")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/speed.md"), help="Markdown file with the markers")
     parser.add_argument("--plots", type=Path, default=Path("docs"), help="folder of the plots")
     arguments = parser.parse_args(argv)
     try:
         reports = load_reports(arguments.results)
-        readme = put_between_markers(arguments.readme.read_text(encoding="utf-8"), as_markdown(reports))
+        page = put_between_markers(arguments.page.read_text(encoding="utf-8"), as_markdown(reports))
     except (ValueError, OSError) as error:
         sys.exit(f"benchmarks.report: error: {error}")
-    arguments.readme.write_text(readme, encoding="utf-8")
+    arguments.page.write_text(page, encoding="utf-8")
     arguments.plots.mkdir(parents=True, exist_ok=True)
     for name, plot in (("pixels", plot_pixels), ("updates", plot_updates)):
         plot(reports["scaling"]).savefig(arguments.plots / f"scaling_{name}.png", dpi=100)
-    print(f"figures are in {arguments.readme}, plots in {arguments.plots}")
+    print(f"tables are in {arguments.page}, plots in {arguments.plots}")
 
 
 def load_reports(folder: Path) -> dict[str, Report]:
@@ -71,7 +71,7 @@ def put_between_markers(text: str, block: str) -> str:
         ValueError: There is not exactly one pair of markers.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README needs the lines {BEGIN} and {END}, each once and in this order")
+        raise ValueError(f"the page must have the lines {BEGIN} and {END}, each once and in this order")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
 
@@ -85,8 +85,8 @@ def as_markdown(reports: dict[str, Report]) -> str:
         inference_table(reports["inference"]),
         training_table(reports["training"], reports["memory"]),
         on_demand_table(reports["on_demand"]),
-        f"[docs/speed.md](docs/speed.md) says how cost grows with pixels and updates. Largest difference of flow in "
-        f"float32 between any of these and torchvision: {largest_difference(reports):.1g} px.",
+        "Largest difference of flow in float32 between any of these and torchvision: "
+        f"{largest_difference(reports):.1g} px.",
         data_table(reports["data"]),
     ]
     return "\n\n".join(sections)

@@ -90,16 +90,16 @@ def results(tmp_path):
 
 
 def test_the_report_replaces_what_is_between_the_markers_and_nothing_else(results, tmp_path):
-    readme = tmp_path / "README.md"
+    page = tmp_path / "speed.md"
     before, after = "# Title\n\n| a |\n|---|\n\n", "\n\n## Files é\n"
-    readme.write_text(f"{before}{report.BEGIN}\nold figures\n{report.END}{after}", encoding="utf-8")
-    arguments = ["--results", str(results()), "--readme", str(readme), "--plots", str(tmp_path / "docs")]
+    page.write_text(f"{before}{report.BEGIN}\nold figures\n{report.END}{after}", encoding="utf-8")
+    arguments = ["--results", str(results()), "--page", str(page), "--plots", str(tmp_path / "docs")]
     report.main(arguments)
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.startswith(before + report.BEGIN) and text.endswith(report.END + after)
     assert "old figures" not in text
     report.main(arguments)
-    assert readme.read_text(encoding="utf-8") == text
+    assert page.read_text(encoding="utf-8") == text
     pictures = {path.name for path in (tmp_path / "docs").iterdir()}
     assert pictures == {"scaling_pixels.png", "scaling_updates.png"}
 
@@ -133,7 +133,7 @@ def test_a_report_refuses_what_it_cannot_compare(results, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", report.BEGIN, f"{report.END}{report.BEGIN}", 2 * f"{report.BEGIN}\n{report.END}\n"]
 )
-def test_a_readme_without_one_pair_of_markers_is_refused(text):
+def test_a_page_without_one_pair_of_markers_is_refused(text):
     with pytest.raises(ValueError, match="each once"):
         report.put_between_markers(text, "block")
 
