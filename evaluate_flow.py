@@ -25,6 +25,7 @@ from flow_data.datasets import DATASETS, SUBMISSIONS, Protocol, check_split, loa
 from flow_data.flow_io import describe_loss
 from flow_data.optional_packages import MissingPackageError, needs_extra
 from flow_data.out_of_memory import explain_out_of_memory
+from flow_data.shipped_files import PRETRAINED, find_model
 from flow_data.synthetic import SyntheticOptions, synthetic
 from flow_training.flags import nearest
 from flow_training.run_log import to_json
@@ -98,7 +99,7 @@ def report(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     for flag, path in (("--output", args.output), ("--picture", args.picture)):
         if path is not None and accelerator.is_main_process:
             prepare_folders([path], flag)
-    model = load_raft(args.model).eval().to(accelerator.device)
+    model = load_raft(find_model(args.model)).eval().to(accelerator.device)
     protocol = DATASETS[args.dataset].protocol
     results = evaluate(
         model,
@@ -145,7 +146,7 @@ def submit(args: argparse.Namespace, accelerator: "Accelerator") -> None:
     dataset = open_dataset(args, split).select_columns(["id", "image1", "image2"])
     paths = [args.submission / submission.path(id_) for id_ in dataset["id"]]
     prepare_folders(paths)
-    model = load_raft(args.model).eval().to(accelerator.device)
+    model = load_raft(find_model(args.model)).eval().to(accelerator.device)
 
     shares = split_work(chunk_rows(dataset, args.batch_size, args.warm_start), accelerator.num_processes)
     share = shares[accelerator.process_index]
@@ -175,7 +176,8 @@ def submit(args: argparse.Namespace, accelerator: "Accelerator") -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, repository id, or file of weights of RAFT")
+    parser.add_argument("--model", help="folder, repository id, or file of weights of RAFT; default: the shipped "
+        f"{PRETRAINED}")  # fmt: skip
     parser.add_argument("--dataset", required=True, help=", ".join(sorted(DATASETS)))
     parser.add_argument("--data_dir", help="the data set's own folder; for synthetic: images to cut textures from")
     parser.add_argument(

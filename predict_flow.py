@@ -36,6 +36,7 @@ from flow_data.file_names import (
 from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.optional_packages import MissingPackageError
 from flow_data.out_of_memory import explain_out_of_memory
+from flow_data.shipped_files import PRETRAINED, find_model
 
 # torch is imported once the arguments are known to be good, so that --help and mistakes take no time.
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("frames", nargs="*", metavar="FRAMES", help="two images of one size; or a sequence: a folder of images, or "
         "more than two images, which are taken in natural order of their names")  # fmt: skip
     add("--video", metavar="IN", help="a video file, instead of FRAMES")
-    add("--model", required=True, help="folder, repository id, or file of weights of RAFT")
+    add("--model", help="folder, repository id, or file of weights of RAFT; default: the shipped "
+        f"{PRETRAINED}")  # fmt: skip
     add("--output", required=True, help=f"of two images: a file ({flow_files}; .png is a color image); "
         f"of a sequence or a video: a folder for a file of each pair, or a video of colors ({videos})")  # fmt: skip
     add("--format", choices=[*FORMAT_SUFFIXES, "colour"], help="of the files in a folder (default: flo); of a .png: "
@@ -177,7 +179,7 @@ def predict(args: argparse.Namespace, summary: "Summary") -> tuple["FlowVideo", 
     output = open_output(args, source)
     device = choose_device(args.device)
     video = FlowVideo(
-        load_raft(args.model).eval().to(device),
+        load_raft(find_model(args.model)).eval().to(device),
         source.frames,
         num_flow_updates=args.num_flow_updates,
         warm_num_flow_updates=args.warm_num_flow_updates,

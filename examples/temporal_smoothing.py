@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flow_data.out_of_memory import explain_out_of_memory
+from flow_data.shipped_files import PRETRAINED, find_model
 from flow_inference.consistency import is_occluded
 from flow_inference.devices import autocast, choose_device
 from flow_inference.estimator import EncodedFrame, FlowEstimator, InputPadder
@@ -312,7 +313,7 @@ def run(args: argparse.Namespace) -> TemporalSmoother:
     maps, frames = list_maps(args.maps), open_frames(args.frames)
     if isinstance(frames, list):  # a video tells at its end
         check_counts(len(frames), len(maps))
-    model = load_raft(args.model).eval().to(choose_device(args.device))
+    model = load_raft(find_model(args.model)).eval().to(choose_device(args.device))
     smoother = TemporalSmoother(model, args.window, args.num_flow_updates, args.max_side)
     samples = pair_up(read_frames(frames, FrameConverter(args.intensity_range)), read_maps(maps), len(maps))
     with autocast(model.device, args.mixed_precision), open_output(args.output, maps) as write:
@@ -323,7 +324,8 @@ def run(args: argparse.Namespace) -> TemporalSmoother:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, repository id, or file of weights of RAFT")
+    parser.add_argument("--model", help="folder, repository id, or file of weights of RAFT; default: the shipped "
+        f"{PRETRAINED}")  # fmt: skip
     parser.add_argument("--frames", type=Path, required=True, help="video, or folder of images")
     parser.add_argument("--maps", type=Path, required=True, help="one for each frame: folder, or .npy file")
     parser.add_argument("--output", type=Path, required=True, help="what --maps is: folder, or .npy file")

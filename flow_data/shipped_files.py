@@ -7,6 +7,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 PROJECT_FILE = "setup.cfg"  # stands beside the packages in a checkout, and never in an installation
 DISTRIBUTION = "raft-flow-trainer"
+PRETRAINED = "pretrained/raft-small-synthetic"  # weights trained on synthetic pairs only
 SHARE = ("share", DISTRIBUTION)  # setup.cfg's data_files put everything below this folder of the environment
 
 
@@ -43,6 +44,33 @@ def _installed_root() -> Path | None:
                 # The record's `..` are taken out of the text, since folders of an environment may be symbolic links.
                 return Path(os.path.normpath(str(file.locate()))).parents[depth]
     return None
+
+
+def pretrained_path() -> Path:
+    """Find the weights that ship with the project, a folder for `from_pretrained`; no network is needed.
+
+    Raises:
+        FileNotFoundError: As from `shipped_path`.
+    """
+    return shipped_path(PRETRAINED)
+
+
+def find_model(name: str | None) -> str:
+    """Find where a model is to be loaded from.
+
+    Args:
+        name: A folder, a file of weights or a repository id; None, or `"pretrained/raft-small-synthetic"` wherever one
+            is: the shipped weights.
+
+    Returns:
+        The name as it was given, or the path of the shipped weights.
+
+    Raises:
+        FileNotFoundError: The shipped weights are wanted and cannot be found.
+    """
+    if name is None or (name == PRETRAINED and not os.path.exists(name)):
+        return str(pretrained_path())
+    return name
 
 
 def find_config(name: str, folder: str = "configs") -> Path:

@@ -6,6 +6,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import BatchNorm2d
 
+from flow_data.shipped_files import find_model
 from flow_training.config import MODEL_FIELDS, TrainingConfig
 from modeling_raft import RaftConfig, RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
@@ -20,7 +21,7 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
     """
     overrides = {field: getattr(config, flag) for field, flag in MODEL_FIELDS.items()}
     if config.model_name_or_path is not None:
-        model = load_raft(config.model_name_or_path, **overrides)
+        model = load_raft(find_model(config.model_name_or_path), **overrides)
         if config.model_size not in (None, model_size(model)):
             raise ValueError(
                 f"model_size must be {model_size(model)}, as are the weights of {config.model_name_or_path}; got "
@@ -79,7 +80,7 @@ def model_bytes(config: TrainingConfig) -> tuple[int, int]:
         OSError: Its weights do not exist.
     """
     if config.model_name_or_path is not None:
-        model = load_raft(config.model_name_or_path)
+        model = load_raft(find_model(config.model_name_or_path))
     else:
         with torch.device("meta"):  # shapes without numbers
             model = make_new_model(config)
