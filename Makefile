@@ -6,13 +6,23 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: quickstart test test-fast test-lowest test-hf quality style bench
 
+# Flow of two frames with the shipped weights; then a fine-tune on the look of these frames, evaluated before and after.
+QUICKSTART := outputs/quickstart
+HELD_OUT := --dataset synthetic --data_dir examples/frames --synthetic_image_size 176 240 --synthetic_displacement 1 12 \
+	--synthetic_shapes 4 12 --synthetic_appearance 0 --synthetic_ego_motion 0 --synthetic_num_pairs 32
 quickstart: $(INSTALLED)
-	rm -rf outputs/quickstart
+	rm -rf $(QUICKSTART)
+	$(PYTHON) predict_flow.py examples/frames/frame_0001.png examples/frames/frame_0002.png --output $(QUICKSTART)/flow.png
+	$(PYTHON) predict_flow.py examples/frames/frame_0001.png examples/frames/frame_0002.png --output $(QUICKSTART)/flow.flo
+	$(PYTHON) evaluate_flow.py $(HELD_OUT) --output $(QUICKSTART)/before.json
 	.venv/bin/accelerate launch --num_cpu_threads_per_process $(CORES) --num_processes 1 --num_machines 1 \
 		--mixed_precision no --dynamo_backend no train_flow.py --config configs/quickstart.yaml
-	$(PYTHON) evaluate_flow.py --model outputs/quickstart --dataset synthetic \
-		--synthetic_image_size 112 144 --synthetic_displacement 1 6 --synthetic_shapes 2 6 --synthetic_num_pairs 32 \
-		--output outputs/quickstart/report.json --picture outputs/quickstart/flow.png
+	$(PYTHON) evaluate_flow.py --model $(QUICKSTART) $(HELD_OUT) --output $(QUICKSTART)/report.json \
+		--picture $(QUICKSTART)/comparison.png
+	@echo "Next:"
+	@echo "  $(PYTHON) predict_flow.py --model $(QUICKSTART) FRAME1 FRAME2 --output flow.png"
+	@echo "  .venv/bin/accelerate launch train_flow.py --config configs/stylised.yaml \\"
+	@echo "      --model_name_or_path pretrained/raft-small-synthetic --synthetic_textures FOLDER_OF_YOUR_FRAMES"
 
 # One torch thread for each of two workers: on two cores, more threads only get in each other's way.
 test: $(INSTALLED)
@@ -36,7 +46,7 @@ test-hf: $(INSTALLED)
 	$(PYTHON) tests/transformers_own/fetch_tests.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/transformers_own -rs
 
-# Every figure of the README's tables and of docs/scaling_*.png, one benchmark after the other, so that none disturbs
+# Every number of the tables in docs/speed.md and docs/scaling_*.png, one benchmark after the other, so that none disturbs
 # the next: about 40 minutes on two idle CPU cores. DATA_ROOT=folder reads real data sets instead of synthetic ones.
 RESULTS := outputs/benchmarks
 bench: $(INSTALLED)
