@@ -207,7 +207,7 @@ def train(run: Run, batches: Iterable[Any]) -> None:
                 run.optimizer.step()
                 run.optimizer.zero_grad()
 
-        learning_rate = run.schedule.get_last_lr()[0]
+        learning_rate = float(run.schedule.get_last_lr()[0])
         skipped = accelerator.optimizer_step_was_skipped  # fp16 overflow
         if not skipped:
             run.schedule.step()  # not prepared: a prepared one steps once per *process*

@@ -1,6 +1,6 @@
 """The model that a run trains."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -37,12 +37,12 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
     return model
 
 
-def model_size(model: RaftForOpticalFlow) -> str:
+def model_size(model: RaftForOpticalFlow) -> Literal["large", "small"]:
     """`large` or `small`, which differ in the blocks of their encoders."""
     return "small" if model.config.encoder_block == "bottleneck" else "large"
 
 
-def batch_norm_batch(model: RaftForOpticalFlow, per_device_train_batch_size: int) -> int | None:
+def batch_norm_batch(model: RaftForOpticalFlow, per_device_train_batch_size: int | None) -> int | None:
     """Over how many pairs BatchNorm takes its statistics; None where no BatchNorm is trained."""
     trains = any(isinstance(module, BatchNorm2d) and module.training for module in model.train().modules())
     return per_device_train_batch_size if trains else None
