@@ -39,7 +39,7 @@ tags: [optical-flow, raft]
 # {name}
 
 RAFT ([Teed & Deng 2020](https://arxiv.org/abs/2003.12039)), small model, {parameters:,} parameters, trained on nothing
-but synthetic pairs that this project draws itself (`flow_data/synthetic.py`): no image, video, ground truth or weights
+but synthetic pairs that this project draws itself (`flow_data/synthetic/`): no image, video, ground truth or weights
 of anyone else were used. Code and weights are BSD-3-Clause.
 
 {remark}## Use
