@@ -96,8 +96,8 @@ def farneback(sample: FlowSample, _: str) -> np.ndarray:
 
 def dis(sample: FlowSample, _: str) -> np.ndarray:
     estimator = cv2.DISOpticalFlow.create(cv2.DISOpticalFlow_PRESET_MEDIUM)
-    image1, image2 = _gray(sample)
-    return np.asarray(estimator.calc(image1, image2, np.zeros((*image1.shape, 2), np.float32)))
+    # Not zeros in place of None: DIS would start from them, and search less far.
+    return np.asarray(estimator.calc(*_gray(sample), None))  # type: ignore[call-overload]
 
 
 def _gray(sample: FlowSample) -> tuple[np.ndarray, np.ndarray]:
