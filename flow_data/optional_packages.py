@@ -23,7 +23,9 @@ def needs_extra(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "a package").partition(".")[0]
+        if error.name is None:  # transformers' for whatever went wrong in an import, memory that ran out for example
+            raise
+        package = error.name.partition(".")[0]
         raise MissingPackageError(
             f"{package} is not installed; install it with: pip install '{PROJECT}[{extra}]'", name=error.name
         ) from error

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 # Python, NumPy, Pillow, PyArrow and PyAV raise a MemoryError, torch an OutOfMemoryError for some devices. The rest can
 # be told by their text only: torch's allocator of the CPU (in two wordings), CUDA and its libraries, MPS, OpenCV, C++,
-# oneDNN, whose code is made at run time, and what torch cannot raise again of what a worker has raised.
+# the loader of shared libraries, oneDNN, whose code is made at run time, and what torch cannot raise again of what a
+# worker has raised.
 TYPE_NAMES = ("MemoryError", "OutOfMemoryError")
 TEXTS = re.compile(
     r"DefaultCPUAllocator: (can't allocate memory|not enough memory)|(CUDA|HIP|XPU|MPS backend) out of memory|"
     r"CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|Insufficient memory|std::bad_alloc|"
-    r"could not create a primitive$|Caught [\w.]*MemoryError in DataLoader worker"
+    r"failed to map segment from shared object|could not create a primitive$|"
+    r"Caught [\w.]*MemoryError in DataLoader worker"
 )
 REQUEST = re.compile(r"(?:tried to|Unable to|Failed to) allocate ([\d.]+) ?(bytes|[KMGTP]i?B)", re.IGNORECASE)
 

@@ -65,6 +65,7 @@ RAISED = {  # what really raises; and what others raise, as they write it
         "worker",
     ),
     "oneDNN": (RuntimeError("could not create a primitive"), "could not create a primitive"),
+    "an import": (ImportError("libcv.so: failed to map segment from shared object"), "failed to map segment"),
 }
 
 
@@ -116,7 +117,7 @@ def test_causes_count_and_the_innermost_attempt_is_named():
 def test_running_out_of_memory_is_not_taken_for_a_bad_pair(monkeypatch):
     """Another in its place would hide it; and it would be another run."""
 
-    def to_sample(row):
+    def to_sample(row, needs_flow):
         raise ValueError("a.png is damaged") from MemoryError()
 
     monkeypatch.setattr(sampling, "to_sample", to_sample)
@@ -129,6 +130,7 @@ def test_running_out_of_memory_is_not_taken_for_a_bad_pair(monkeypatch):
 
 LIMITED = """
 import resource, sys, torch, {module}
+import accelerate, flow_inference.outputs, flow_training.evaluation, modeling_raft.convert_raft_checkpoint
 torch.ones(8, 8) @ torch.ones(8, 8)  # what libraries keep for themselves
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = size + int(sys.argv[1]) * 2**20
