@@ -53,6 +53,7 @@ def test_shipped_files_travel_with_an_installation(installation):
         "model_card.md",
         "configs",
         *(str(path.relative_to(PROJECT)) for path in PROJECT.glob("configs/**/*.yaml")),
+        *(str(path.relative_to(PROJECT)) for path in PROJECT.glob("pretrained/*/*")),
     ]
     assert len(names) > 15
     printed = installation.run(
@@ -82,6 +83,21 @@ def test_commands_and_type_hints_travel_with_an_installation(installation):
         "import sys; sys.argv = ['predict-flow', '--help']; import predict_flow; predict_flow.main()"
     )
     assert printed.startswith("usage: predict-flow [-h]")
+
+
+@pytest.mark.slow
+def test_prediction_uses_the_installed_weights_without_network(installation):
+    frames = [str(PROJECT / f"examples/frames/frame_000{number}.png") for number in (1, 2)]
+    printed = installation.run(
+        "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
+        "import predict_flow\n"
+        f"predict_flow.main([*{frames!r}, '--output', 'flow.flo'])\n"
+        "from flow_inference import pretrained_path\n"
+        "print(pretrained_path())"
+    )
+    shipped = "share/raft-flow-trainer/pretrained/raft-small-synthetic"
+    assert printed.splitlines()[-1] == str(installation.prefix / shipped)
+    assert (installation.elsewhere / "flow.flo").stat().st_size == 12 + 256 * 384 * 8
 
 
 @pytest.mark.slow
