@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def release(runs: Sequence[Path], data_root: Path, published: str, remark: str, output: Path) -> None:
     """Write weights, configuration, image processor and card into a folder."""
-    stages = [read_stage(run) for run in runs]
+    stages = [read_stage(run, is_first=index == 0) for index, run in enumerate(runs)]
     model = load_raft(str(runs[-1]))
     model.config.num_flow_updates = NUM_FLOW_UPDATES
     output.mkdir(parents=True, exist_ok=True)
@@ -129,16 +129,22 @@ def release(runs: Sequence[Path], data_root: Path, published: str, remark: str, 
     print(card)
 
 
-def read_stage(run: Path) -> dict[str, Any]:
-    """Settings of a finished run, with its `steps` and `hours`.
+def read_stage(run: Path, is_first: bool) -> dict[str, Any]:
+    """Settings of a finished run, with its `steps` and `hours`; the steps are those of the last line of the log.
 
     Raises:
-        ValueError: It was trained on something other than drawn pairs.
+        ValueError: It was trained on something other than drawn pairs, or is the first and did not start from random
+            weights.
         OSError: It is no finished run.
     """
     config = yaml.safe_load((run / "run_config.yaml").read_text(encoding="utf-8"))
     if set(config["train_mix"]) != {"synthetic"} or config["synthetic_textures"] is not None:
-        raise ValueError(f"{run}: released weights must be trained on drawn pairs only; got {config['train_mix']}")
+        raise ValueError(
+            f"{run}: train_mix must be synthetic alone, with drawn textures; got {config['train_mix']} with "
+            f"synthetic_textures {config['synthetic_textures']}"
+        )
+    if is_first and config["model_name_or_path"] is not None:
+        raise ValueError(f"{run}: the first stage must start from random weights; got {config['model_name_or_path']}")
     lines = [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     intervals = zip(steps, [{"step": 0}, *steps], strict=False)

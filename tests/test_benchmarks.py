@@ -6,9 +6,19 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 
-from benchmarks import bench_accuracy, bench_data, bench_inference, bench_on_demand, bench_scaling, cost, report
+from benchmarks import (
+    bench_accuracy,
+    bench_data,
+    bench_inference,
+    bench_on_demand,
+    bench_scaling,
+    cost,
+    release_weights,
+    report,
+)
 from benchmarks.agreement import check_flows, check_losses, estimate_flows
 from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.cost import Job
@@ -286,3 +296,50 @@ def test_accuracy_of_models_and_classical_methods(tmp_path, capsys):
 def test_accuracy_names_a_folder_without_data_sets(tmp_path):
     with pytest.raises(SystemExit, match="--data_root must hold one of .*; got"):
         bench_accuracy.main(["--data_root", str(tmp_path)])
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """The output folder of a run on synthetic pairs; a function writes it again with other settings."""
+
+    def write(**settings):
+        run = tmp_path / "run"
+        RaftForOpticalFlow(RaftConfig.small()).save_pretrained(run)
+        config = dict.fromkeys(release_weights.SETTINGS, 1) | {"total_batch_size": 4, "model_name_or_path": None}
+        config |= {"train_mix": {"synthetic": 1}, "synthetic_textures": None} | settings
+        (run / "run_config.yaml").write_text(yaml.safe_dump(config))
+        lines = [{"step": step, "loss": 1.0, "pairs_per_second": 0.5} for step in (450, 900)]
+        (run / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return run
+
+    return write
+
+
+def test_released_weights_have_a_card_and_no_code(stage, tmp_path):
+    write_pairs("flying_chairs", tmp_path, (128, 160), 1)
+    run, output = stage(), tmp_path / "released"
+    published = run / "model.safetensors"
+    release_weights.release([run], tmp_path, str(published), "Not finished.", output)
+    assert {path.name for path in output.iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
+    }  # fmt: skip
+    card = (output / "README.md").read_text()
+    assert "| steps | 900 |" in card and "| hours | 2.0 |" in card and "Not finished." in card
+    assert "| **released** |" in card and "| published model@20 |" in card
+    expected, released = RaftForOpticalFlow.from_pretrained(run), RaftForOpticalFlow.from_pretrained(output)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(released.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_mix": {"synthetic": 1, "sintel_clean": 1}}, "train_mix must be synthetic alone"),
+        ({"synthetic_textures": "photos"}, "train_mix must be synthetic alone.*photos"),
+        ({"model_name_or_path": "raft-things.pth"}, "must start from random weights; got raft-things.pth"),
+    ],
+)
+def test_weights_with_other_terms_are_not_released(stage, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        release_weights.release([stage(**settings)], tmp_path, "raft-small.pth", "", tmp_path / "released")
+    assert not (tmp_path / "released").exists()
