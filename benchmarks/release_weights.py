@@ -34,6 +34,7 @@ license: bsd-3-clause
 library_name: transformers
 pipeline_tag: image-to-image
 tags: [optical-flow, raft]
+lineage: ["random weights, trained on synthetic pairs of this project only"]
 ---
 
 # {name}

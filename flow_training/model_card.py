@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flow_data.datasets import DATASETS
-from flow_data.shipped_files import shipped_path
+from flow_data.shipped_files import find_model, shipped_path
 from flow_training.config import split_validation_set
 from flow_training.hub import CARD, RUN_CONFIG, loaded_from, quoted
 from flow_training.metrics import format_metric
@@ -154,25 +154,28 @@ def read_lineage(start: str | None) -> list[str]:
     """
     if start is None:
         return ["random weights"]
-    if not Path(start).exists():
+    folder = Path(find_model(start))
+    if not folder.exists():
         return [f"`{start}` on the Hub; its page states what it was trained on"]
     try:
-        run_config = yaml.safe_load((Path(start) / RUN_CONFIG).read_text())
+        older = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()[LINEAGE]
+    except (OSError, ValueError, KeyError):  # a card without, or none
+        older = None
+    try:
+        run_config = yaml.safe_load((folder / RUN_CONFIG).read_text())
         data = "; ".join(description for description, _ in _training_data(run_config))
         earlier = run_config["model_name_or_path"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        if older is not None:  # released weights, whose card has all of it
+            return [f"`{start}`", *older]
         return [f"`{start}`; nothing in it states what it was trained on"]
-    try:
-        older = ModelCard.load(Path(start) / CARD, ignore_metadata_errors=True).data.to_dict()[LINEAGE]
-    except (OSError, ValueError, KeyError):  # a card without, or none
-        older = ["random weights" if earlier is None else f"`{earlier}`"]
-    return [f"`{start}`, trained on {data}", *older]
+    return [f"`{start}`, trained on {data}", *(older or ["random weights" if earlier is None else f"`{earlier}`"])]
 
 
 def _base_model(run_config: dict[str, Any]) -> str | None:
     """The model on the Hub that this one was trained from; None for a local folder or file."""
     start = run_config["model_name_or_path"]
-    return None if start is None or Path(start).exists() else start
+    return None if start is None or Path(find_model(start)).exists() else start
 
 
 def _hub_datasets(run_config: dict[str, Any]) -> list[str] | None:

@@ -15,6 +15,7 @@ import evaluate_flow
 import predict_flow
 from flow_data.flow_io import read_flow
 from flow_data.shipped_files import PRETRAINED, find_model, pretrained_path
+from flow_training.model_card import read_lineage
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 
 FRAMES = [PROJECT / f"examples/frames/frame_000{number}.png" for number in (1, 2)]
@@ -43,6 +44,12 @@ def test_model_and_image_processor_load_from_it():
     model = RaftForOpticalFlow.from_pretrained(pretrained_path()).eval()
     assert model.config.encoder_block == "bottleneck" and model.config.num_flow_updates == 12
     assert RaftImageProcessor.from_pretrained(pretrained_path()) is not None
+
+
+def test_a_model_that_starts_from_it_states_its_data():
+    assert read_lineage(PRETRAINED) == [
+        f"`{PRETRAINED}`", "random weights, trained on synthetic pairs of this project only"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("given", ["folder", "user/raft", "weights.pth"])
