@@ -12,19 +12,15 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from flow_data.arguments import add_source_arguments, add_synthetic_flags, check_source_arguments, given_flags
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.datasets import DATASETS, is_sparse, load_source
-from flow_data.features import to_sample
-from flow_data.images import disable_image_decoding
 from flow_data.sample import FlowSample
 from flow_data.synthetic import SyntheticOptions, synthetic
-from flow_data.visualize import draw_flow, join_row, mask_invalid, stack_rows
 
+# What needs torch or datasets is imported in the functions that use it, so that --help takes no time.
 CELL_HEIGHT = 128  # pixels of the contact sheet
 MAX_SHEET_WIDTH = 2000
 DRAWS = 2  # augmentations of each pair that are shown
@@ -57,6 +53,10 @@ class Statistics(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    from flow_data.features import to_sample
+    from flow_data.images import disable_image_decoding
+    from flow_data.visualize import stack_rows
+
     try:
         split = args.split or DATASETS[args.source].training_split
         if args.source == "synthetic":
@@ -128,6 +128,10 @@ def measure(rows: Any, indices: list[int]) -> Statistics:
         ValueError: damaged, or without ground truth.
         OSError: a file cannot be read.
     """
+    from tqdm.auto import tqdm
+
+    from flow_data.features import to_sample
+
     sizes: Counter[tuple[int, int]] = Counter()
     pixels = known = 0
     sums, longest = np.zeros(3), 0.0
@@ -185,6 +189,10 @@ def draw_row(name: str, samples: list[FlowSample]) -> np.ndarray:
     Returns:
         `(H, W, 3)` uint8.
     """
+    import torch
+
+    from flow_data.visualize import draw_flow, join_row, mask_invalid, stack_rows
+
     rows = []
     for sample in samples:
         longest = f"up to {np.linalg.norm(sample.flow, axis=-1).max():.0f} px" if sample.valid.any() else "not valid"

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from flow_data.optional_packages import MissingPackageError, needs_extra
 from flow_training.run_log import FILE_NAME, read_log
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANELS = {"loss": "loss", "epe": "end-point error, px", "learning_rate": "learning rate"}
 LINEAR = {"learning_rate"}  # its schedule is piecewise linear
@@ -66,7 +67,7 @@ def run_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
+def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> "Figure":
     """Plot loss, end-point error, learning rate and the end-point error on each validation set, in a panel each.
 
     Args:
@@ -74,7 +75,14 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
 
     Returns:
         The figure; each panel has the key of the log that it shows as its `gid`, and a line for each run that has it.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
     """
+    with needs_extra("plot"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
     panels = dict(PANELS)
     for lines in logs.values():
         for key in (key for line in lines for key in line):
@@ -92,7 +100,7 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, key: str, logs: dict[str, list[dict[str, Any]]]) -> None:
+def _draw(axes: "Axes", key: str, logs: dict[str, list[dict[str, Any]]]) -> None:
     drawn: list[float] = []
     for index, (name, lines) in enumerate(logs.items()):
         points = [
@@ -124,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         plot_runs(load_logs(arguments.runs)).savefig(arguments.output, dpi=100)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingPackageError) as error:
         sys.exit(f"flow_training.plot_log: error: {error}")
     print(f"curves of {len(arguments.runs)} run(s) are in {arguments.output}")
 

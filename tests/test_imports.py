@@ -1,4 +1,4 @@
-"""Doors open at once: what a program does not need is not imported, and what is not installed is named."""
+"""What a program does not need is not imported, and what is not installed is named with how to install it."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ except SystemExit:
     pass
 """
 COMMANDS = ["train_flow", "evaluate_flow", "predict_flow", "flow_training.curriculum", "flow_training.hub"]
+COMMANDS += ["flow_training.plot_log", "flow_data.preview"]
 
 
 def run_python(code: str, blocked: set[str] = frozenset()) -> subprocess.CompletedProcess:
@@ -33,12 +34,21 @@ def imported_packages(code: str) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["modeling_raft", "flow_inference"])
-def test_packages_import_little(package):
+@pytest.mark.parametrize("code", ["import modeling_raft", "from flow_inference import FlowVideo, is_occluded, warp"])
+def test_packages_import_little(code):
     """Video, data sets and flow files of other projects are for those who use them."""
-    names = imported_packages(f"import {package}")
-    assert {"torch", "transformers", package} <= names
+    names = imported_packages(code)
+    assert {"torch", "transformers", "modeling_raft"} <= names
     assert not names & {"datasets", "av", "h5py", "pandas", "cv2", "kornia_rs", "matplotlib"}
+
+
+def test_flow_inference_imports_what_is_used():
+    assert not imported_packages("from flow_inference import pretrained_path") & HEAVY
+    import flow_inference
+
+    assert all(hasattr(flow_inference, name) for name in flow_inference.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'flow'"):
+        flow_inference.flow  # noqa: B018
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,6 +75,12 @@ def test_a_missing_extra_is_named_with_how_to_install_it(tmp_path):
         assert result.stderr.splitlines() == [
             "predict_flow.py: error: av is not installed; install it with: pip install 'raft-flow-trainer[video]'"
         ]
+    (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    result = run_python(f"from flow_training import plot_log; plot_log.main([{str(tmp_path)!r}])", {"matplotlib"})
+    assert result.stderr.splitlines() == [
+        "flow_training.plot_log: error: matplotlib is not installed; "
+        "install it with: pip install 'raft-flow-trainer[plot]'"
+    ]
 
 
 @pytest.mark.slow
