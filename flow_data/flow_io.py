@@ -9,7 +9,8 @@ each in a file of `flow_data.formats`:
 - `.png` (KITTI, HD1K): 16-bit RGB, steps of 1/64 pixel in [-512, 512), the third channel is 0 where flow is unknown.
 - `.flo5` (Spring): HDF5 with a dataset "flow", floats, NaN where flow is unknown.
 - `.npy` (TartanAir): NumPy's own, `(H, W, 2)` floats; nothing is ever unpickled.
-- `.npz`: NumPy's archive with "flow", `(H, W, 2)` floats, and perhaps "valid", `(H, W)` bool.
+- `.npz`: NumPy's archive with "flow", `(H, W, 2)` floats, and perhaps "valid", `(H, W)` bool. `write_compact_flow`
+  stores float16, in a quarter of the bytes or less.
 
 The floating formats keep every float32 of magnitude up to 1e9 bit by bit; NaN, infinities and larger values are
 unknown. Nothing is allocated by a header alone: its size is compared with the length of the file first. `.png`,
@@ -20,6 +21,7 @@ written as unknown, and its share is reported.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -29,6 +31,7 @@ from flow_data.file_names import find_path
 from flow_data.formats import flo, flo5, kitti_png, numpy_files, pfm
 from flow_data.formats.flow_format import MAX_KNOWN, FlowFormat
 from flow_data.formats.limits import MAX_FILE_BYTES, MAX_PIXELS, check_pixels
+from flow_data.formats.numpy_files import decode_arrays, encode_arrays, encode_npz
 
 FORMATS: dict[str, FlowFormat] = {
     flow_format.suffix: flow_format
@@ -90,6 +93,85 @@ def write_flow(path: str | os.PathLike[str], flow: np.ndarray, valid: np.ndarray
     with atomic_write(path) as partial:
         partial.write_bytes(data)
     return lost
+
+
+def write_compact_flow(
+    path: str | os.PathLike[str], flow: np.ndarray, further: Mapping[str, np.ndarray] | None = None
+) -> float:
+    """Write flow as float16 in a compressed `.npz` file, which `read_flow` reads. It is either complete or absent.
+
+    Args:
+        path: ends in .npz; its folder exists.
+        flow: `(H, W, 2)` floating, pixels. Each value is rounded by at most 1/2048 of itself, 0.016 px in 32 px.
+        further: arrays to add under their names, such as those of `read_confidence`.
+
+    Returns:
+        Share of the pixels, 0 to 1, whose flow float16 cannot hold (not finite, or beyond 65,504 px); it is unknown
+        in the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    known, lost = as_known_float16(flow)
+    with atomic_write(path) as partial:
+        partial.write_bytes(encode_npz(known, np.isfinite(known).all(axis=-1), further))
+    return lost
+
+
+def as_known_float16(flow: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return flow `(H, W, 2)` as float16 with NaN where it is unknown, and the share of such pixels, 0 to 1."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        compact = flow.astype("<f2", order="C")  # a copy, to be changed below
+    known = np.isfinite(compact[..., 0]) & np.isfinite(compact[..., 1])
+    compact[~known] = np.nan
+    return compact, 1 - float(known.mean())
+
+
+def write_confidence(path: str | os.PathLike[str], consistency_error: np.ndarray, occluded: np.ndarray) -> None:
+    """Write how sure flow is as a `.npz` file, for formats of flow that hold nothing else.
+
+    Args:
+        path: ends in .npz; its folder exists.
+        consistency_error: `(H, W)` floating, pixels, stored as float16.
+        occluded: `(H, W)` bool.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    with atomic_write(path) as partial:
+        partial.write_bytes(encode_arrays(confidence_arrays(consistency_error, occluded)))
+
+
+def confidence_arrays(consistency_error: np.ndarray, occluded: np.ndarray) -> dict[str, np.ndarray]:
+    """Return both as they are stored in a `.npz` file."""
+    with np.errstate(over="ignore"):
+        return {"consistency_error": consistency_error.astype("<f2"), "occluded": occluded}
+
+
+def read_confidence(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read how sure flow is from a `.npz` file of `predict_flow.py --confidence`.
+
+    Args:
+        path: of the flow itself where that is a `.npz`, else of the file `*_confidence.npz` beside it.
+
+    Returns:
+        consistency_error: `(H, W)` float32, pixels between where a pixel starts and where flow and backward flow bring
+            it; infinite where it leaves the frame.
+        occluded: `(H, W)` bool, pixels of frame 1 that frame 2 does not show.
+
+    Raises:
+        ValueError: a file that is damaged, or holds no confidence.
+        OSError: the file cannot be read.
+    """
+    with open(find_path(path), "rb") as file:
+        data = file.read(MAX_FILE_BYTES)
+    arrays = decode_arrays(data, str(path), {"consistency_error": "f", "occluded": "b"}, required="consistency_error")
+    error, occluded = arrays["consistency_error"], arrays.get("occluded")
+    if error.ndim != 2 or occluded is None or occluded.shape != error.shape:
+        raise ValueError(f"{path}: consistency_error and occluded must both be (H, W)")
+    return error.astype(np.float32), occluded
 
 
 def describe_loss(share: float, suffix: str) -> str:

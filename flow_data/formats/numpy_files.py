@@ -10,6 +10,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -82,6 +83,30 @@ def decode_npz(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
         ValueError: damaged, truncated, too long, encrypted, without "flow", or with arrays of other types or shapes.
     """
+    arrays = decode_arrays(data, name, {"flow": "f", "valid": "biu"}, required="flow")
+    flow, valid = arrays["flow"], arrays.get("valid")
+    if flow.ndim != 3 or flow.shape[2] != 2:
+        raise ValueError(f"{name}: not a flow: the shape must be (H, W, 2); got {flow.shape}")
+    if valid is not None and valid.shape != flow.shape[:2]:
+        raise ValueError(f"{name}: 'valid' must be of the flow's shape {flow.shape[:2]}; got {valid.shape}")
+    return flow, None if valid is None else valid != 0
+
+
+def decode_arrays(data: bytes, name: str, kinds: Mapping[str, str], required: str) -> dict[str, np.ndarray]:
+    """Decode some arrays of a `.npz` file.
+
+    Args:
+        data: the whole file.
+        name: begins the messages of errors.
+        kinds: names of the arrays to decode where they are there, each with letters of the dtype kinds that are taken.
+        required: name of the array that must be there.
+
+    Returns:
+        The arrays by name, read-only, of two or three axes.
+
+    Raises:
+        ValueError: damaged, truncated, too long, encrypted, without the required array, or with arrays of other types.
+    """
     if data[:4] != ZIP_MAGIC:
         raise ValueError(f"{name}: not a .npz file: it must begin with {ZIP_MAGIC!r}; got {data[:4]!r}")
     end = len(data) - ZIP_END.size
@@ -94,28 +119,36 @@ def decode_npz(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray | None]:
             names = archive.namelist()
             if len(set(names)) < len(names):
                 raise ValueError(f"arrays must have different names; got {', '.join(names):.200}")
-            if "flow.npy" not in names:
-                raise ValueError(f"there must be an array 'flow'; got {', '.join(names) or 'nothing':.200}")
-            flow = decode_npy(_read_member(archive, "flow.npy"), "flow", kinds="f")
-            valid = decode_npy(_read_member(archive, "valid.npy"), "valid", "biu") if "valid.npy" in names else None
+            if f"{required}.npy" not in names:
+                raise ValueError(f"there must be an array '{required}'; got {', '.join(names) or 'nothing':.200}")
+            return {
+                key: decode_npy(_read_member(archive, f"{key}.npy"), key, kinds=letters)
+                for key, letters in kinds.items()
+                if f"{key}.npy" in names
+            }
     except ZIP_ERRORS as error:
-        raise ValueError(f"{name}: no flow in this .npz: {error}") from error
-    if flow.ndim != 3 or flow.shape[2] != 2:
-        raise ValueError(f"{name}: not a flow: the shape must be (H, W, 2); got {flow.shape}")
-    if valid is not None and valid.shape != flow.shape[:2]:
-        raise ValueError(f"{name}: 'valid' must be of the flow's shape {flow.shape[:2]}; got {valid.shape}")
-    return flow, None if valid is None else valid != 0
+        raise ValueError(f"{name}: no {required} in this .npz: {error}") from error
 
 
-def encode_npz(flow: np.ndarray, valid: np.ndarray) -> bytes:
+def encode_npz(flow: np.ndarray, valid: np.ndarray, further: Mapping[str, np.ndarray] | None = None) -> bytes:
     """Encode `(H, W, 2)` flow as a `.npz` file, with "valid", `(H, W)` bool, if it is False somewhere.
 
-    As `np.savez_compressed`, but without the time of writing: the same flow gives the same bytes. Unknown flow should
-    be NaN besides: then it is not taken for known by a reader that looks for no mask, or for one of another name.
+    Unknown flow should be NaN besides: then it is not taken for known by a reader that looks for no mask, or for one
+    of another name.
+
+    Args:
+        flow: Of any floating type, which is kept.
+        valid: True where the flow is known.
+        further: Arrays to add under their names.
     """
+    return encode_arrays({"flow": flow} | ({} if valid.all() else {"valid": valid}) | dict(further or {}))
+
+
+def encode_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Encode arrays as `np.savez_compressed` does, without the time of writing: the same arrays, the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for key, array in ({"flow": flow} | ({} if valid.all() else {"valid": valid})).items():
+        for key, array in arrays.items():
             member = zipfile.ZipInfo(f"{key}.npy")  # its default time is 1980-01-01
             member.create_system, member.compress_type = 3, zipfile.ZIP_DEFLATED  # else it names the platform
             archive.writestr(member, encode_npy(array))
