@@ -6,7 +6,7 @@ Shapes: `B` batch, `H W` frame. Flow is (x right, y down), pixels.
 import torch
 from torch import Tensor
 
-from modeling_raft.correlation_raft import warp
+from .correlation_raft import warp
 
 # Sundaram, Brox & Keutzer 2010 (Dense point trajectories by GPU-accelerated large displacement optical flow, eq. 5).
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 0.01, 0.5  # of squared lengths; squared pixels

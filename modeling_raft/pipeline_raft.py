@@ -14,6 +14,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import is_valid_image
 from transformers.utils import ModelOutput, is_torchvision_available
 
+from .consistency_raft import consistency_error, is_occluded
 from .frames_raft import KINDS, read_frames
 
 # Outside of such an `if`, transformers would require this import of everyone who loads the model alone.
@@ -53,6 +54,8 @@ class OpticalFlowPipeline(Pipeline):
                 `(B, 2, ...)`, is several; so are a generator and a `torch.utils.data.Dataset` of pairs, lazily.
             num_flow_updates: updates of the flow; None: the number in the model's configuration.
             return_image: whether to draw the flow as well.
+            return_confidence: whether to estimate the flow from the second frame to the first as well, and from both
+                how sure the flow is. It takes about twice the time.
             intensity_range: (low, high) that become black and white; None: 0 to 255 of 8-bit frames, and the smallest
                 and the largest value of a pair of 16-bit frames.
             batch_size, num_workers: as in any pipeline. Pairs of different sizes in a batch are computed separately.
@@ -60,7 +63,10 @@ class OpticalFlowPipeline(Pipeline):
         Returns:
             For a pair `{"flow": (2, H, W)}`, float32, on the CPU: pixels, x to the right, then y down. With
             `return_image` also `"image"`, a PIL image in which the hue is the direction and the saturation the length,
-            as part of the longest. For a list of pairs a list of these, for a generator or data set an iterator.
+            as part of the longest. With `return_confidence` also `"consistency_error"`, `(H, W)` float32, the distance
+            in pixels between where a pixel starts and where flow and backward flow bring it (infinite where it leaves
+            the frame), and `"occluded"`, `(H, W)` bool, the pixels that the second frame does not show. For a list of
+            pairs a list of these, for a generator or data set an iterator.
 
         Raises:
             ValueError: the input is no pair of frames of one size, a frame cannot be converted, or an argument is
@@ -85,15 +91,18 @@ class OpticalFlowPipeline(Pipeline):
         num_flow_updates: int | None = None,
         return_image: bool | None = None,
         intensity_range: tuple[float, float] | None = None,
+        return_confidence: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise ValueError(
                 f"the optical-flow pipeline has no argument {', '.join(sorted(unknown))}; it has num_flow_updates, "
-                "return_image, intensity_range, batch_size and num_workers"
+                "return_image, intensity_range, return_confidence, batch_size and num_workers"
             )
         preprocess = {} if intensity_range is None else {"intensity_range": intensity_range}
-        forward = {} if num_flow_updates is None else {"num_flow_updates": num_flow_updates}
+        forward: dict[str, Any] = {} if num_flow_updates is None else {"num_flow_updates": num_flow_updates}
+        if return_confidence is not None:
+            forward["backward"] = return_confidence
         postprocess = {} if return_image is None else {"return_image": return_image}
         return preprocess, forward, postprocess
 
@@ -121,29 +130,43 @@ class OpticalFlowPipeline(Pipeline):
         inputs = processor([frames], min_size=self.min_size, return_tensors="pt", **converted)
         return {"pixel_values": [inputs["pixel_values"][0]], "target_size": [sizes[0]]}
 
-    def _forward(self, inputs: Mapping[str, list], **options: Any) -> dict[str, list]:  # type: ignore[override]
-        """Estimate the flow of a pair, or of a batch that the base class makes of several pairs."""
+    def _forward(self, inputs: Mapping[str, list], backward: bool = False, **options: Any) -> dict[str, list]:  # type: ignore[override]
+        """Estimate the flow of a pair, or of a batch that the base class makes of several pairs; and if `backward`,
+        the flow from the second frame to the first."""
         pairs = [entry[0] if isinstance(entry, list) else entry for entry in inputs["pixel_values"]]
+        results = {"flow": self._estimate(pairs, options), "target_size": inputs["target_size"]}
+        if backward:
+            results["backward_flow"] = self._estimate([pair.flip(0) for pair in pairs], options)
+        return results
+
+    def _estimate(self, pairs: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+        """Estimate the flow of each pair `(2, 3, H, W)`, those of one size as a batch."""
         flows: list[Any] = [None] * len(pairs)
         for shape in dict.fromkeys(pair.shape for pair in pairs):
             indices = [index for index, pair in enumerate(pairs) if pair.shape == shape]
             output = self.model(torch.stack([pairs[index] for index in indices]), **options)
             for index, flow in zip(indices, output.flow, strict=True):
                 flows[index] = flow
-        return {"flow": flows, "target_size": inputs["target_size"]}
+        return flows
 
     def postprocess(self, outputs: Mapping[str, Any], return_image: bool = False) -> dict[str, Any]:  # type: ignore[override]
         """Make the result of one pair: `flow` holds one `(2, H, W)`, `target_size` one (height, width)."""
-        output = ModelOutput(flow=outputs["flow"][0][None])
-        processor: Any = self.image_processor
-        flow = processor.post_process_optical_flow(
-            output, target_sizes=outputs["target_size"], min_size=self.min_size
-        )[0]["flow"]
-        # Copied, since a view would keep the memory of the whole padded batch, also when the flow is saved.
-        result: dict[str, Any] = {"flow": flow.float().clone()}
+        size = outputs["target_size"]
+        result: dict[str, Any] = {"flow": self._crop(outputs["flow"], size)}
+        if "backward_flow" in outputs:
+            both = result["flow"][None], self._crop(outputs["backward_flow"], size)[None]
+            result |= {"consistency_error": consistency_error(*both)[0], "occluded": is_occluded(*both)[0]}
         if return_image:
             result["image"] = to_pil_image(draw_flow(result["flow"]), do_rescale=False)
         return result
+
+    def _crop(self, flow: list[Tensor], target_size: list[Any]) -> Tensor:
+        """Take the padding off the flow of one pair, a list of one `(2, H', W')`."""
+        processor: Any = self.image_processor
+        output = ModelOutput(flow=flow[0][None])
+        cropped = processor.post_process_optical_flow(output, target_sizes=target_size, min_size=self.min_size)
+        # Copied, since a view would keep the memory of the whole padded batch, also when the flow is saved.
+        return cropped[0]["flow"].float().clone()
 
 
 def draw_flow(flow: Tensor) -> Tensor:

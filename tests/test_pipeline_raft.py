@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, pipeline
 
 from flow_data import visualize
+from flow_inference import FlowVideo
 from modeling_raft import OpticalFlowPipeline, RaftForOpticalFlow, RaftImageProcessor
 from modeling_raft.pipeline_raft import draw_flow, save_pretrained_with_pipeline
 
@@ -191,6 +192,20 @@ def test_dtype_and_device(folder, pipe, dtype, options):
 def test_mistakes_are_named(pipe, inputs, said):
     with pytest.raises(ValueError, match=said):
         pipe(inputs)
+
+
+def test_confidence_is_that_of_flow_in_both_directions(pipe):
+    """Of one pair and of a batch; beside FlowVideo, which estimates both directions on its own."""
+    pair = (PAIR[0], PAIR[1])
+    plain, result = pipe(pair), pipe(pair, return_confidence=True)
+    assert "occluded" not in plain and torch.equal(result["flow"], plain["flow"])
+    (expected,) = FlowVideo(pipe.model, pair, warm_start=False, backward=True, duplicate_tolerance=None)
+    assert result["occluded"].dtype == torch.bool and torch.equal(result["occluded"], expected.occluded)
+    torch.testing.assert_close(result["consistency_error"], expected.consistency_error, atol=1e-3, rtol=1e-3)
+    first, _, last = pipe([pair, pair[::-1], pair], batch_size=3, return_confidence=True)
+    for again in (first, last):
+        assert again["consistency_error"].shape == result["flow"].shape[1:]
+        assert (again["occluded"] != result["occluded"]).float().mean() < 0.01  # rounding
 
 
 def test_mistakes_in_calls_and_files_are_named(pipe, folder, tmp_path):
