@@ -3,8 +3,9 @@
 Shapes: `B` batch, `H W` frame, `H' W'` frame as the model takes it, `h w` 1/8 grid of that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 from modeling_raft.configuration_raft import DOWNSAMPLE_FACTOR
 from modeling_raft.image_processing_raft import image_padding
 
+CHECK_EVERY = 2  # updates: with a tolerance, motion is looked at after each of so many, as a GPU waits for that
 LONGEST_ENLARGED = 1024  # pixels: a narrow strip is not enlarged in both directions beyond this
 
 
@@ -123,6 +125,20 @@ class EncodedFrame:
         return F.avg_pool2d(127.5 * (self.pixels + 1), DOWNSAMPLE_FACTOR)
 
 
+class Estimate(NamedTuple):
+    """The flow of B pairs.
+
+    Args:
+        flow: `(B, 2, H, W)` float32 in pixels of the frames, on the model's device.
+        low_res_flow: `(B, 2, h, w)` in grid pixels.
+        num_flow_updates: Updates that the flow of each pair took.
+    """
+
+    flow: Tensor
+    low_res_flow: Tensor
+    num_flow_updates: list[int]
+
+
 class FlowEstimator:
     """Estimates flow between frames of one size.
 
@@ -158,12 +174,18 @@ class FlowEstimator:
     @torch.no_grad()
     def encode(self, frame: np.ndarray) -> EncodedFrame:
         """Encode a frame `(H, W, 3)` uint8, RGB."""
-        pixels = self.padder.pad(frame, self.model.device)
-        size = f"{pixels.shape[-2]} x {pixels.shape[-1]} px"
-        with autocast(self.model.device, self.mixed_precision), attempt(f"the encoding of a frame of {size}"):
-            return EncodedFrame(pixels, self.model.encode_features(pixels))
+        return self.encode_all([frame])[0]
 
     @torch.no_grad()
+    def encode_all(self, frames: Sequence[np.ndarray]) -> list[EncodedFrame]:
+        """Encode frames `(H, W, 3)` uint8, RGB, as one batch."""
+        pixels = torch.cat([self.padder.pad(frame, self.model.device) for frame in frames])
+        size = f"{pixels.shape[-2]} x {pixels.shape[-1]} px"
+        attempted = f"the encoding of {'a frame' if len(frames) == 1 else f'{len(frames)} frames'} of {size}"
+        with autocast(self.model.device, self.mixed_precision), attempt(attempted):
+            features = self.model.encode_features(pixels)
+        return [EncodedFrame(*encoded) for encoded in zip(pixels.split(1), features.split(1), strict=True)]
+
     def estimate(
         self,
         pairs: Sequence[tuple[EncodedFrame, EncodedFrame]],
@@ -180,11 +202,32 @@ class FlowEstimator:
         Returns:
             `(B, 2, H, W)` float32 in pixels of the frames, and `(B, 2, h, w)` in grid pixels, on the model's device.
         """
+        return self.estimate_until(pairs, num_flow_updates, initial_flow)[:2]
+
+    @torch.no_grad()
+    def estimate_until(
+        self,
+        pairs: Sequence[tuple[EncodedFrame, EncodedFrame]],
+        num_flow_updates: int | None = None,
+        initial_flow: Tensor | None = None,
+        tolerance: float | None = None,
+    ) -> Estimate:
+        """Estimate flow as `estimate` does, with fewer updates of the pairs whose flow does not move any more.
+
+        Args:
+            pairs: As in `estimate`.
+            num_flow_updates: The largest number of updates.
+            initial_flow: As in `estimate`.
+            tolerance: Pixels. A pair is updated no more after an update that has moved its flow by this or less, as a
+                mean over its pixels (of the frame that the model gets). Every second update is looked at. None: every
+                pair gets all updates.
+        """
         if num_flow_updates is None:
             num_flow_updates = self.model.config.num_flow_updates
         height, width = pairs[0][0].pixels.shape[-2:]
         attempted = f"flow of {len(pairs)} pair(s) of {height} x {width} px frames with {num_flow_updates} updates"
         with autocast(self.model.device, self.mixed_precision), attempt(attempted):
+            self._encode_contexts([first for first, _ in pairs])
             states = [self._state(first) for first, _ in pairs]
             updates = self.model.updates(
                 torch.cat([first.features for first, _ in pairs]),
@@ -194,12 +237,46 @@ class FlowEstimator:
                 num_flow_updates,
                 initial_flow,
             )
-            for hidden, low_res_flow in updates:  # noqa: B007  # only the last ones are needed
-                pass
+            hidden, low_res_flow, counts = _run_updates(updates, len(pairs), num_flow_updates, tolerance)
             flow = self.model.upsampler(hidden, low_res_flow)
-        return self.padder.unpad(flow), low_res_flow
+        return Estimate(self.padder.unpad(flow), low_res_flow, counts)
+
+    def _encode_contexts(self, frames: Sequence[EncodedFrame]) -> None:
+        """Encode as one batch the context of the frames that have none yet."""
+        missing = list({id(frame): frame for frame in frames if frame.state is None}.values())
+        if len(missing) > 1:
+            hidden, context = self.model.encode_context(torch.cat([frame.pixels for frame in missing]))
+            for frame, *state in zip(missing, hidden.split(1), context.split(1), strict=True):
+                frame.state = (state[0], state[1])
 
     def _state(self, frame: EncodedFrame) -> tuple[Tensor, Tensor]:
         if frame.state is None:
             frame.state = self.model.encode_context(frame.pixels)
         return frame.state
+
+
+def _run_updates(
+    updates: Iterator[tuple[Tensor, Tensor]], batch_size: int, limit: int, tolerance: float | None
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Update until no pair moves any more; return for each pair hidden state and flow when it had come to rest.
+
+    What a pair gets does not depend on the others of its batch, up to rounding.
+    """
+    settled: dict[int, tuple[Tensor, Tensor]] = {}
+    counts = [limit] * batch_size
+    before: Tensor | None = None
+    for number, (hidden, low_res_flow) in enumerate(updates, start=1):
+        if tolerance is None or number == limit:
+            continue
+        if before is not None and number % CHECK_EVERY == 0:
+            motion = DOWNSAMPLE_FACTOR * torch.linalg.vector_norm(low_res_flow - before, dim=1).flatten(1).mean(1)
+            for index, length in enumerate(motion.tolist()):
+                if length <= tolerance and index not in settled:
+                    settled[index], counts[index] = (hidden[index, None], low_res_flow[index, None]), number
+            if len(settled) == batch_size:
+                break
+        before = low_res_flow
+    if settled:
+        pairs = [settled.get(index, (hidden[index, None], low_res_flow[index, None])) for index in range(batch_size)]
+        hidden, low_res_flow = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return hidden, low_res_flow, counts

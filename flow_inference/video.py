@@ -92,6 +92,10 @@ class FlowVideo:
             so it is not computed in bf16 unless asked for.
         intensity_range: (low, high) that become black and white; None: 0 to 255 of 8-bit frames, and the smallest and
             the largest value of the first two of 16-bit frames.
+        tolerance: Pixels. A pair is updated no more once an update moves its flow by this or less, as a mean over the
+            frame that the model gets; None: all updates.
+        batch_size: Pairs that are estimated at once, which needs `warm_start=False`: else a pair waits for the one
+            before it.
 
     Raises:
         ValueError: A setting is out of range, or the model is in training mode.
@@ -113,6 +117,8 @@ class FlowVideo:
         duplicate_tolerance: float | None = DUPLICATE_TOLERANCE,
         mixed_precision: str | None = None,
         intensity_range: tuple[float, float] | None = None,
+        tolerance: float | None = None,
+        batch_size: int = 1,
     ):
         if num_flow_updates is None:
             num_flow_updates = model.config.num_flow_updates
@@ -123,9 +129,13 @@ class FlowVideo:
             ("warm_num_flow_updates", warm_num_flow_updates, 1),
             ("shrink_by", shrink_by, 0),
             ("duplicate_tolerance", duplicate_tolerance or 0, 0),
+            ("tolerance", tolerance or 0, 0),
+            ("batch_size", batch_size, 1),
         ):
             if not value >= lowest:
                 raise ValueError(f"{name} must be at least {lowest}; got {value}")
+        if batch_size > 1 and warm_start:
+            raise ValueError(f"batch_size must be 1 with warm_start, where a pair waits for another; got {batch_size}")
         is_pair = isinstance(frames, Sized) and not isinstance(frames, str) and len(frames) == 2
         if mixed_precision is None and warm_start and not is_pair and model.dtype == torch.float32:
             free = not torch.is_autocast_enabled(model.device.type)  # else the caller has chosen
@@ -141,6 +151,7 @@ class FlowVideo:
         self.duplicate_tolerance = duplicate_tolerance
         self.mixed_precision = mixed_precision
         self.intensity_range = intensity_range
+        self.tolerance, self.batch_size = tolerance, batch_size
         self._converter = FrameConverter(intensity_range)
         self.new_estimator(128, 128)  # raises now what is wrong with the settings, not at the first frame
 
@@ -161,13 +172,19 @@ class FlowVideo:
             return
         scene = _Scene(self, self.new_estimator(frame1.shape[0], frame1.shape[1]))
         original = frame1  # what copies are compared with, so that slow drift and fades leave it in the end
+        duplicates: dict[int, VideoFlow] = {}
+        batch: list[tuple[int, np.ndarray, np.ndarray]] = []
         for index, frame2 in enumerate(frames):
             if self.duplicate_tolerance is not None and is_duplicate(original, frame2, self.duplicate_tolerance):
-                yield self._duplicate(index, frame1, frame2)
+                duplicates[index] = self._duplicate(index, frame1, frame2)
             else:
-                yield scene.next_pair(index, frame1, frame2)
+                batch.append((index, frame1, frame2))
                 original = frame2
             frame1 = frame2
+            if len(batch) == self.batch_size or not batch:
+                yield from _in_order(scene.next_pairs(batch), duplicates)
+                duplicates, batch = {}, []
+        yield from _in_order(scene.next_pairs(batch), duplicates)
 
     def _duplicate(self, index: int, frame1: np.ndarray, frame2: np.ndarray) -> VideoFlow:
         zero = torch.zeros(2, *frame1.shape[:2], device=self.model.device)
@@ -184,6 +201,29 @@ class _Scene:
         self.last: EncodedFrame | None = None  # frame 2 of the last pair
         self.initial_flow: Tensor | None = None  # of the next pair, (1, 2, h, w)
 
+    def next_pairs(self, batch: list[tuple[int, np.ndarray, np.ndarray]]) -> list[VideoFlow]:
+        """Estimate the next pairs, each of which begins with frame 2 of the one before, or with a duplicate of it."""
+        if len(batch) <= 1:
+            return [self.next_pair(*pair) for pair in batch]
+        frames = [frame2 for _, _, frame2 in batch]
+        encoded = self.estimator.encode_all(frames if self.last is not None else [batch[0][1], *frames])
+        if self.last is not None:
+            encoded.insert(0, self.last)
+        self.last = encoded[-1]
+        video, pairs = self.video, list(zip(encoded[:-1], encoded[1:], strict=True))
+        forward = self.estimator.estimate_until(pairs, video.num_flow_updates, None, video.tolerance)
+        results = []
+        for i, ((index, frame1, frame2), (first, second)) in enumerate(zip(batch, pairs, strict=True)):
+            error = photometric_error(first.thumbnail(), second.thumbnail(), forward.low_res_flow[i, None])
+            updates = forward.num_flow_updates[i]
+            cut, flat = self._is_cut(error), _is_flat(frame1, frame2)
+            results.append(VideoFlow(index, frame1, frame2, forward.flow[i].clone(), updates, cut=cut, flat=flat))
+        if video.backward:
+            swapped = [(second, first) for first, second in pairs]
+            backward = self.estimator.estimate_until(swapped, video.num_flow_updates, None, video.tolerance)
+            results = [_with_backward(*both) for both in zip(results, backward.flow.clone(), strict=True)]
+        return results
+
     def next_pair(self, index: int, frame1: np.ndarray, frame2: np.ndarray) -> VideoFlow:
         """Estimate the next pair, whose frame 1 is frame 2 of the last pair, or a duplicate of it."""
         first = self.estimator.encode(frame1) if self.last is None else self.last
@@ -191,32 +231,39 @@ class _Scene:
         self.last = second
         video, start = self.video, self.initial_flow
         updates = video.num_flow_updates if start is None else video.warm_num_flow_updates
-        flow, low_res_flow, error = self._estimate(first, second, updates, start)
+        flow, low_res_flow, used, error = self._estimate(first, second, updates, start)
         if start is not None and self.cut_detector.is_cut(error):  # the start, or too few updates, may be the cause
             start, updates = None, video.num_flow_updates
-            flow, low_res_flow, error = self._estimate(first, second, updates, start)
-        cut = self.cut_detector.is_cut(error)
-        if cut:
-            self.cut_detector.reset()
-        else:
-            self.cut_detector.update(error)
+            flow, low_res_flow, used, error = self._estimate(first, second, updates, start)
+        cut = self._is_cut(error)
         self.initial_flow = self._moved(low_res_flow, low_res_flow) if video.warm_start and not cut else None
 
-        flat = any((frame == frame[:1, :1]).all() for frame in (frame1, frame2))
-        pair = VideoFlow(index, frame1, frame2, flow[0], updates, warm=start is not None, cut=cut, flat=flat)
+        flat = _is_flat(frame1, frame2)
+        pair = VideoFlow(index, frame1, frame2, flow[0], used, warm=start is not None, cut=cut, flat=flat)
         if not video.backward:
             return pair
         # Backward flow is about the negative of forward flow, at the place where that leads.
         start = self._moved(low_res_flow, -low_res_flow) if video.warm_start and not cut else None
         updates = video.num_flow_updates if start is None else video.warm_num_flow_updates
-        return _with_backward(pair, self.estimator.estimate([(second, first)], updates, start)[0][0])
+        backward = self.estimator.estimate_until([(second, first)], updates, start, video.tolerance)
+        return _with_backward(pair, backward.flow[0])
+
+    def _is_cut(self, error: float) -> bool:
+        """Return whether the scene ends with a pair, and have the detector remember its error."""
+        cut = self.cut_detector.is_cut(error)
+        if cut:
+            self.cut_detector.reset()
+        else:
+            self.cut_detector.update(error)
+        return cut
 
     def _estimate(
         self, first: EncodedFrame, second: EncodedFrame, updates: int, start: Tensor | None
-    ) -> tuple[Tensor, Tensor, float]:
-        """Return flow at both resolutions, and the photometric error."""
-        flow, low_res_flow = self.estimator.estimate([(first, second)], updates, start)
-        return flow, low_res_flow, photometric_error(first.thumbnail(), second.thumbnail(), low_res_flow)
+    ) -> tuple[Tensor, Tensor, int, float]:
+        """Return flow at both resolutions, the updates that it took, and the photometric error."""
+        estimate = self.estimator.estimate_until([(first, second)], updates, start, self.video.tolerance)
+        error = photometric_error(first.thumbnail(), second.thumbnail(), estimate.low_res_flow)
+        return estimate.flow, estimate.low_res_flow, estimate.num_flow_updates[0], error
 
     def _moved(self, low_res_flow: Tensor, values: Tensor) -> Tensor:
         """Return `values` `(1, 2, h, w)` moved along the flow, with shortened vectors.
@@ -225,6 +272,16 @@ class _Scene:
         first lookup.
         """
         return shrink_flow(forward_interpolate(low_res_flow, values), self.video.shrink_by)
+
+
+def _in_order(pairs: list[VideoFlow], duplicates: dict[int, VideoFlow]) -> Iterator[VideoFlow]:
+    """Yield estimated pairs and duplicates in the order of their indices."""
+    found = duplicates | {pair.index: pair for pair in pairs}
+    return (found[index] for index in sorted(found))
+
+
+def _is_flat(frame1: np.ndarray, frame2: np.ndarray) -> bool:
+    return any(bool((frame == frame[:1, :1]).all()) for frame in (frame1, frame2))
 
 
 def _with_backward(pair: VideoFlow, backward_flow: Tensor) -> VideoFlow:

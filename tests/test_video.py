@@ -7,12 +7,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 from moving_shapes import moving_shapes
 from test_modeling_raft import tiny_config
 
 import flow_inference.devices
 from flow_inference import FlowVideo, predict_pair
 from flow_inference.devices import autocast
+from flow_inference.estimator import FlowEstimator
 from flow_inference.frame_changes import SceneCutDetector, is_duplicate, photometric_error
 from flow_inference.video_files import VideoReader, VideoWriter
 from modeling_raft import RaftForOpticalFlow
@@ -81,6 +83,50 @@ def test_each_frame_is_encoded_once(model, shapes, calls):
 def test_the_last_frame_needs_no_context(model, shapes, calls):
     list(FlowVideo(model, shapes.frames, num_flow_updates=1, warm_start=False))
     assert (calls["features"], calls["context"]) == (5, 4)
+
+
+def test_batches_give_the_same_pairs_in_order(model, shapes, calls):
+    """With a duplicate frame in the middle, a last batch that is not full, and both directions."""
+    frames = shapes.frames[[0, 1, 1, 2, 3, 4]]
+    settings = {"num_flow_updates": 2, "warm_start": False, "backward": True}
+    one = list(FlowVideo(model, frames, **settings))
+    calls["features"] = calls["context"] = 0
+    batches = list(FlowVideo(model, (frame for frame in frames), **settings, batch_size=3))
+    assert calls["features"] == calls["context"] == 5  # the duplicate is none
+    assert [pair.index for pair in batches] == [0, 1, 2, 3, 4] and batches[1].duplicate
+    for pair, expected in zip(batches, one, strict=True):
+        assert np.array_equal(pair.frame1, expected.frame1) and np.array_equal(pair.frame2, expected.frame2)
+        assert (pair.cut, pair.flat, pair.duplicate) == (expected.cut, expected.flat, expected.duplicate)
+        torch.testing.assert_close(pair.flow, expected.flow, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(pair.backward_flow, expected.backward_flow, atol=1e-3, rtol=1e-4)
+    with pytest.raises(ValueError, match="batch_size must be 1 with warm_start"):
+        FlowVideo(model, frames, batch_size=2)
+
+
+def test_a_pair_is_updated_until_its_flow_rests(model, shapes, monkeypatch):
+    """Updates that move the flow of one pair less and less, and that of another always by 8 px of the image."""
+    steps = {0: [4.0, 1.0, 0.5, 0.1, 0.1, 0.1], 1: [1.0] * 6}  # grid pixels: 1/8 of those of the image
+
+    def updates(features1, features2, hidden, context, num_flow_updates, initial_flow):
+        flow = torch.zeros(len(hidden), 2, *hidden.shape[2:])
+        for number in range(num_flow_updates):
+            flow = flow.clone()
+            for index in range(len(flow)):
+                flow[index, 0] += steps[index][number]
+            yield hidden + number, flow
+
+    monkeypatch.setattr(model, "updates", updates)
+    monkeypatch.setattr(model.upsampler, "forward", lambda hidden, flow: 8 * F.interpolate(flow, scale_factor=8))
+    estimator = FlowEstimator(model, *shapes.frames.shape[1:3])
+    encoded = estimator.encode_all(shapes.frames[:3])
+    pairs = list(zip(encoded[:-1], encoded[1:], strict=True))
+    for tolerance, counts in ((None, [6, 6]), (0.1, [6, 6]), (1.0, [4, 6]), (5.0, [4, 6]), (8.0, [2, 2])):
+        estimate = estimator.estimate_until(pairs, 6, None, tolerance)
+        assert estimate.num_flow_updates == counts, tolerance
+        for index, count in enumerate(counts):
+            expected = sum(steps[index][:count])
+            assert float(estimate.flow[index, 0].mean()) == pytest.approx(8 * expected, rel=1e-5)
+            assert float(estimate.low_res_flow[index, 0].mean()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_memory_does_not_grow(model, shapes, monkeypatch):
