@@ -7,18 +7,20 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str | None = None) -> torch.device:
+def choose_device(name: str | None = None, local_rank: int = 0) -> torch.device:
     """Return the device of a name; by default the accelerator that torch finds (CUDA, MPS, XPU, ...), else the CPU.
 
     Args:
         name: As torch writes it: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, ...
+        local_rank: Of this process among those of its machine, which take one accelerator after the other where the
+            name has no index.
 
     Raises:
         ValueError: There is no such device here.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        return accelerator or torch.device("cpu")
+        return torch.device("cpu") if accelerator is None else _nth(accelerator, local_rank)
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -30,7 +32,14 @@ def choose_device(name: str | None = None) -> torch.device:
         available = [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
     if f"{device.type}:{device.index or 0}" not in available:
         raise ValueError(f"device {name} is not available; available are {', '.join(['cpu', *available])}")
-    return device
+    return _nth(device, local_rank)
+
+
+def _nth(device: torch.device, local_rank: int) -> torch.device:
+    """Return the accelerator of a process; the first process takes torch's own choice."""
+    if device.index is not None or local_rank == 0 or device.type == "cpu":
+        return device
+    return torch.device(device.type, local_rank % torch.accelerator.device_count())
 
 
 def autocast(device: torch.device, mixed_precision: str | None) -> AbstractContextManager:

@@ -45,6 +45,7 @@ class VideoReader:
         frame_rate: Frames a second.
         num_frames: The number of frames that the container gives, or None. It is good for a progress bar only, since
             it includes the parts of a video that a phone has trimmed.
+        size: Height and width of the stored frames in pixels, before they are turned.
 
     Raises:
         OSError: The file cannot be read.
@@ -53,6 +54,7 @@ class VideoReader:
 
     frame_rate: Fraction
     num_frames: int | None
+    size: tuple[int, int]
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -62,9 +64,23 @@ class VideoReader:
                 raise ValueError(f"{self.path}: the video does not say how many frames a second it has")
             self.frame_rate = frame_rate
             self.num_frames = stream.frames or None
+            self.size = (stream.height, stream.width)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Decode frame by frame, with no more of the video in memory than the decoder needs.
+
+        Raises:
+            ValueError: As `frames_from` raises it.
+        """
+        return self.frames_from(0)
+
+    def frames_from(self, start: int) -> Iterator[np.ndarray]:
+        """Decode frame by frame, and yield those from one index on.
+
+        The frames before it are decoded, too, since their index is not certain otherwise, but not converted to RGB.
+
+        Args:
+            start: Index of the first frame that is yielded, from 0.
 
         Raises:
             ValueError: The file is damaged or was cut off, raised after the frames before that; or frames change in
@@ -75,6 +91,9 @@ class VideoReader:
             stream.thread_type = "AUTO"  # all cores
             try:
                 for frame in _decode(container, stream):
+                    if count < start:
+                        count += 1
+                        continue
                     image = _to_rgb(frame)
                     if shape not in (None, image.shape):
                         raise ValueError(

@@ -363,7 +363,7 @@ def test_mistakes_with_videos_are_named(clip, capsys):
         (f"{folder / 'one' / 'a.png'} --output {folder / 'x'}", "a.png is one image; flow takes two frames"),
         (f"{folder / 'frames'} --output {folder / 'x.flo'}", "must be a folder, or a video ending in"),
         (f"--video rtsp://camera --output {folder / 'x'}", "rtsp://camera is a URL; download it"),
-        (f"{folder / 'clip.mp4'} --output {folder / 'x'}", "clip.mp4 is a video: give it with --video"),
+        (f"{folder / 'clip.mp4'} --output {folder / 'x.mp4'}", "For a video of colors, give it with --video"),
         (f"--video {folder / 'clip.mp4'} --output {folder / 'clip.mp4'}", "clip.mp4 is read, and would be overwr"),
         (f"--video {folder / 'clip.mp4'} --output {folder / 'x.mp4'} --colour_scale -1", "must be positive and fin"),
         (f"{folder / 'one'} --output {folder / 'x'}", "flow takes two frames, and there is one"),
