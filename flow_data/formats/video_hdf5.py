@@ -17,7 +17,7 @@ import numpy as np
 from flow_data.flow_io import as_known_float16
 from flow_data.optional_packages import needs_extra
 
-with needs_extra("train"):
+with needs_extra("video"):
     import h5py
 
 LIBRARY_VERSION = ("v108", "v110")  # of the file format: the least that holds a dataset that grows, for old readers
