@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,15 @@ def resume_command(argv: Sequence[str], output_dir: Path) -> str:
         pairs = list(zip(["", *given], given, strict=False))
         given = [word for before, word in pairs if before != flag and not word.startswith(flag)]
         given += [flag, "auto"]
-    return f"Resume with:  {shlex.join(['accelerate', 'launch', 'train_flow.py', *given])}"
+    return f"Resume with:  {shlex.join(['accelerate', 'launch', *_program(), *given])}"
+
+
+def _program() -> list[str]:
+    """The trainer as `accelerate launch` takes it: the script as it was named, or the module of an installation."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name == "train_flow":
+        return ["-m", "train_flow"]
+    return [sys.argv[0] if Path(sys.argv[0]).name == "train_flow.py" else "train_flow.py"]
 
 
 def remove_unfinished(output_dir: Path) -> None:

@@ -1,11 +1,13 @@
 """Which checkpoint is the latest, and what the log keeps when a run is resumed."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from flow_training.checkpoints import archive_later_checkpoints, find_checkpoint, list_checkpoints
+from flow_training.checkpoints import archive_later_checkpoints, find_checkpoint, list_checkpoints, resume_command
 from flow_training.run_log import FILE_NAME, RunLog, read_log
 
 
@@ -76,3 +78,16 @@ def test_damaged_lines_are_removed_and_others_kept(tmp_path):
     RunLog(tmp_path, 9).write({"step": 5, "loss": 5.0})
     assert [line["step"] for line in read_log(path)] == [1, 4, 5]
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_the_resume_command_works_where_the_user_is(tmp_path, monkeypatch):
+    """The script by the path that was given, or as the module of an installation, where there is no script."""
+    given = ["--config", "chairs", "--hub_token", "secret"]
+    for program in ("train_flow.py", "../code/train_flow.py"):
+        monkeypatch.setattr(sys, "argv", [program, *given])
+        expected = f"accelerate launch {program} --config chairs --hub_token TOKEN --resume_from_checkpoint auto"
+        assert resume_command(given, tmp_path) == f"Resume with:  {expected}"
+    spec = importlib.util.find_spec("train_flow")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)  # as `python -m train_flow` sets it
+    monkeypatch.setattr(sys, "argv", [spec.origin, *given])
+    assert resume_command(given, tmp_path).startswith("Resume with:  accelerate launch -m train_flow --config chairs")
