@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from modeling_raft import RaftForOpticalFlow
 
-PICTURE_PAIRS = 4
+DRAWN_PAIRS = 4
 NAMED_PAIRS = 8  # at most, in a message
 
 
@@ -195,7 +195,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu; default: the GPU if there is one")
     parser.add_argument("--output", type=Path, help="report to write, JSON")
-    parser.add_argument("--picture", type=Path, help=f"image to write of the first {PICTURE_PAIRS} pairs: frame 1, "
+    parser.add_argument("--picture", type=Path, help=f"image to write of the first {DRAWN_PAIRS} pairs: frame 1, "
                         "ground truth, predicted flow, error")  # fmt: skip
     parser.add_argument("--submission", type=Path, metavar="DIR", help="instead of a report, write the flow of the "
                         f"test split in the server's format; for {', '.join(SUBMISSIONS)}")  # fmt: skip
@@ -288,7 +288,7 @@ def draw_pairs(
     predictions = predict_rows(model, dataset, chunks, to_sample, num_flow_updates, protocol.padding, warm_start)
     rows = [
         compare(sample.image1, sample.flow, sample.valid, flow)
-        for _, _, sample, flow in islice(predictions, PICTURE_PAIRS)
+        for _, _, sample, flow in islice(predictions, DRAWN_PAIRS)
     ]
     return Image.fromarray(stack_rows(rows))
 

@@ -1,4 +1,4 @@
-"""Whether candidates compute the same flow: figures of different computations compare nothing."""
+"""Whether candidates compute the same flow: timings of different computations cannot be compared."""
 
 from collections.abc import Mapping, Sequence
 

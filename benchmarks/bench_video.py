@@ -1,10 +1,10 @@
 """Frames per second of FlowVideo beside torchvision's `raft_large`, called on each pair; and what the speed costs.
 
-    python -m benchmarks.bench_video --model raft-sintel.pth --frames FRAMES [--truth FLOWS] [--output video.json]
+    python -m benchmarks.bench_video --model raft-sintel.pth --frames FRAMES [--ground_truth FLOWS]
 
 The frames of a folder, played to and fro, are a video of `--num_pairs` pairs. Each way to estimate its flow gets it
 whole, its first pair from zero included; the ways take turns, so that a machine whose speed drifts treats them alike.
-With `--truth`, a folder of flow files in the order of the frames, errors are those of the frames played once.
+With `--ground_truth`, a folder of flow files in the order of the frames, errors are those of the frames played once.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--frames", type=Path, required=True)
-    parser.add_argument("--truth", type=Path)
+    parser.add_argument("--ground_truth", type=Path)
     parser.add_argument("--num_pairs", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path)
@@ -57,7 +57,7 @@ def main() -> None:
             start = time.perf_counter()
             run_torchvision(video) if name == "torchvision" else run(model, video, WAYS[name])
             taken.append(time.perf_counter() - start)
-    errors = {name: mean_error(model, frames, args.truth, options) for name, options in WAYS.items()}
+    errors = {name: mean_error(model, frames, args.ground_truth, options) for name, options in WAYS.items()}
 
     print(
         "| | frames per second | times torchvision's (lowest to highest) | end-point error, px |\n|---|---:|---:|---:|"
@@ -96,12 +96,14 @@ def run(model: Any, video: list[np.ndarray], options: dict[str, Any]) -> None:
         pass
 
 
-def mean_error(model: Any, frames: list[np.ndarray], truth: Path | None, options: dict[str, Any]) -> float | None:
+def mean_error(
+    model: Any, frames: list[np.ndarray], ground_truth: Path | None, options: dict[str, Any]
+) -> float | None:
     """Mean of the pairs' end-point errors, pixels."""
-    if truth is None:
+    if ground_truth is None:
         return None
     errors = []
-    paths = sorted(truth.glob("*.flo"))
+    paths = sorted(ground_truth.glob("*.flo"))
     for pair, path in zip(FlowVideo(model, frames, num_flow_updates=UPDATES, **options), paths, strict=True):
         flow, valid = read_flow(path)
         error = np.linalg.norm(pair.flow.permute(1, 2, 0).numpy() - flow, axis=-1)

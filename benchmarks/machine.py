@@ -1,4 +1,4 @@
-"""What figures were measured on, and with which versions: figures without it mean nothing."""
+"""The machine and the versions that a measurement was made with, which every result states."""
 
 import datetime
 import os

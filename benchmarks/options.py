@@ -27,7 +27,7 @@ def make_parser(
 
     add_number("--runs", positive, runs, "rounds that count, after one that does not")
     add_number("--height", image_side, height, "pixels, a multiple of 8 and at least 128")
-    add_number("--width", image_side, width, "pixels, likewise")
+    add_number("--width", image_side, width, "pixels")
     add_number("--num_flow_updates", positive, num_flow_updates, "updates of the flow")
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=device_name, default=default_device, help=f"(default: {default_device})")

@@ -3,7 +3,7 @@
     python -m benchmarks.release_weights RUN [RUN ...] --data_root ~/datasets --published raft-small.pth
 
 Each RUN is the output folder of a finished stage of training, in order, each of which started from the one before. The
-card's figures are measured here, beside zero flow, classical methods and the published weights
+card's metrics are measured here, beside zero flow, classical methods and the published weights
 (`benchmarks.bench_accuracy`); its account of the training comes from the runs' settings and logs. Runs that read
 anything but synthetic pairs are refused: the license of the weights rests on that.
 """

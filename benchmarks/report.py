@@ -53,7 +53,7 @@ def load_reports(folder: Path) -> dict[str, Report]:
     reports = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
     for name, report in reports.items():
         expected = reports["inference"]["machine"]
-        # Data are loaded on the CPU, whatever the others run on; and a run may go on past midnight.
+        # Data are loaded on the CPU, whatever the others run on; and a run may last beyond midnight.
         skipped = {"date"} | ({"gpu", "gpu_memory_gb", "bf16_instructions"} if name == "data" else set())
         for key in expected.keys() - skipped:
             if report["machine"][key] != expected[key]:

@@ -1,4 +1,4 @@
-"""The series of `bench_scaling` as two pictures: cost against pixels, and against updates."""
+"""The series of `bench_scaling` as two plots: cost against pixels, and against updates."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 PANEL_SIZE = (5.0, 3.8)  # inches, width and height
-LOOKS = {  # colour, marker and label of each candidate, the same in every panel
+LOOKS = {  # color, marker and label of each candidate, the same in every panel
     "torchvision large fp32": ("C7", "s", "torchvision"),
     "ours large fp32 dense": ("C0", "o", "this project, dense"),
     "ours large fp32 on_demand": ("C2", "^", "this project, on demand"),

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Python, NumPy, Pillow, PyArrow and PyAV raise a MemoryError, torch an OutOfMemoryError for some devices. The rest can
-# be told by their text only: torch's allocator of the CPU (in two wordings), CUDA and its libraries, MPS, OpenCV, C++,
-# the loader of shared libraries, oneDNN, whose code is made at run time, and what torch cannot raise again of what a
-# worker has raised.
+# be recognized by their text only: torch's allocator of the CPU (in two wordings), CUDA and its libraries, MPS,
+# OpenCV, C++, the loader of shared libraries, oneDNN, whose code is made at run time, and what torch cannot raise
+# again of what a worker has raised.
 TYPE_NAMES = ("MemoryError", "OutOfMemoryError")
 TEXTS = re.compile(
     r"DefaultCPUAllocator: (can't allocate memory|not enough memory)|(CUDA|HIP|XPU|MPS backend) out of memory|"

@@ -102,8 +102,8 @@ def common_length(flow_gt: np.ndarray, valid: np.ndarray, flow_pred: Tensor) -> 
         ValueError: They differ in size.
     """
     _check_sizes(flow_gt.shape[:2], valid=valid.shape, flow_pred=flow_pred.shape[1:])
-    truth = torch.from_numpy(np.where(valid[..., None], flow_gt, 0)).permute(2, 0, 1)
-    return longest_vector(torch.stack([truth, flow_pred.cpu().to(truth.dtype)]))
+    target = torch.from_numpy(np.where(valid[..., None], flow_gt, 0)).permute(2, 0, 1)
+    return longest_vector(torch.stack([target, flow_pred.cpu().to(target.dtype)]))
 
 
 def draw_error_legend(white_error: float = WHITE_ERROR, scale: float = 1) -> np.ndarray:
@@ -134,7 +134,7 @@ def draw_error_legend(white_error: float = WHITE_ERROR, scale: float = 1) -> np.
         start = x - (labels[0] if label is labels[2] else label).shape[1] // 2
         image[height + tick : height + tick + len(label), start : start + label.shape[1]] = label
 
-    text = draw_text("truth unknown", scale)
+    text = draw_text("no ground truth", scale)
     swatch = np.full((len(text), len(text), 3), UNKNOWN_ERROR, np.uint8)
     _outline(swatch, stroke)
     return stack_rows([image, join_row([swatch, text])])
@@ -152,13 +152,13 @@ def _draw_parts(
     _check_sizes(image1.shape[:2], flow_gt=flow_gt.shape[:2], valid=valid.shape, flow_pred=flow_pred.shape[1:])
     if not (math.isfinite(white_error) and white_error > 0):
         raise ValueError(f"white_error must be a positive number of pixels; got {white_error}")
-    truth = torch.from_numpy(flow_gt).permute(2, 0, 1)
-    flow_pred = flow_pred.cpu().to(truth.dtype)
-    truth_image, pred_image = draw_flow(torch.stack([truth, flow_pred]), max_length)
-    error = torch.linalg.vector_norm(flow_pred - truth, dim=0).nan_to_num(nan=torch.inf, posinf=torch.inf).numpy()
+    target = torch.from_numpy(flow_gt).permute(2, 0, 1)
+    flow_pred = flow_pred.cpu().to(target.dtype)
+    gt_image, pred_image = draw_flow(torch.stack([target, flow_pred]), max_length)
+    error = torch.linalg.vector_norm(flow_pred - target, dim=0).nan_to_num(nan=torch.inf, posinf=torch.inf).numpy()
     gray = (np.clip(error / white_error, 0, 1) * 255).astype(np.uint8)[..., None]
     error_image = np.where(valid[..., None], gray, np.array(UNKNOWN_ERROR, np.uint8))
-    return [image1, mask_invalid(truth_image, valid), pred_image, error_image]
+    return [image1, mask_invalid(gt_image, valid), pred_image, error_image]
 
 
 def _check_sizes(size: tuple[int, ...], **others: tuple[int, ...]) -> None:

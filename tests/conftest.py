@@ -23,7 +23,7 @@ def sample_data() -> Path:
 
 @pytest.fixture(scope="session")
 def sample_weights() -> Path:
-    """Folder of original checkpoints, likewise."""
+    """Folder of original checkpoints, which lies there, too."""
     return _present(SHARED / "weights")
 
 

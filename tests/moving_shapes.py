@@ -59,7 +59,7 @@ def moving_shapes(
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Blobs of many sizes and colours."""
+    """Blobs of many sizes and colors."""
     texture = np.zeros((height, width, 3), np.float32)
     for blur in (2, 5, 12):
         noise = cv2.GaussianBlur(rng.normal(size=(height, width, 3)).astype(np.float32), (0, 0), blur)

@@ -62,11 +62,11 @@ def jitter(image1: np.ndarray, image2: np.ndarray, colors: tuple[Adjustments, ..
 
 def adjust(image: np.ndarray, adjustments: Adjustments) -> np.ndarray:
     """Apply color adjustments with torchvision's functions on Pillow images."""
-    picture = Image.fromarray(image)
+    result = Image.fromarray(image)
     for name, factor in adjustments:
         if name != "hue" or factor != 0:  # a turn of 0 would still round every pixel to HSV and back
-            picture = ADJUSTMENTS[name](picture, factor)
-    return np.array(picture)
+            result = ADJUSTMENTS[name](result, factor)
+    return np.array(result)
 
 
 def erase(image: np.ndarray, patches: list[tuple[slice, slice]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tiny trees of the published data sets, in their layouts with their real encodings, whose pairs can be told apart."""
+"""Tiny trees of the published data sets, in their layouts with their real encodings, whose pairs differ."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Benchmarks: candidates compute the same, figures arrive where readers find them, and nothing else moves."""
+"""Benchmarks: candidates compute the same, results arrive in the document, and nothing else in it changes."""
 
 import copy
 import json
@@ -48,8 +48,8 @@ def three(value: float) -> dict[str, float]:
     return {"median": value, "lowest": value - 0.01, "highest": value + 0.01}
 
 
-def row(name: str, **figures) -> dict:
-    return {"candidate": name, "difference_px": 4e-6} | figures
+def row(name: str, **metrics) -> dict:
+    return {"candidate": name, "difference_px": 4e-6} | metrics
 
 
 @pytest.fixture
@@ -102,19 +102,19 @@ def results(tmp_path):
 def test_the_report_replaces_what_is_between_the_markers_and_nothing_else(results, tmp_path):
     page = tmp_path / "speed.md"
     before, after = "# Title\n\n| a |\n|---|\n\n", "\n\n## Files é\n"
-    page.write_text(f"{before}{report.BEGIN}\nold figures\n{report.END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{report.BEGIN}\nold table\n{report.END}{after}", encoding="utf-8")
     arguments = ["--results", str(results()), "--page", str(page), "--plots", str(tmp_path / "docs")]
     report.main(arguments)
     text = page.read_text(encoding="utf-8")
     assert text.startswith(before + report.BEGIN) and text.endswith(report.END + after)
-    assert "old figures" not in text
+    assert "old table" not in text
     report.main(arguments)
     assert page.read_text(encoding="utf-8") == text
     pictures = {path.name for path in (tmp_path / "docs").iterdir()}
     assert pictures == {"scaling_pixels.png", "scaling_updates.png"}
 
 
-def test_tables_have_the_figures(results):
+def test_tables_have_the_results(results):
     lines = report.as_markdown(report.load_reports(results())).splitlines()
     assert "| this project, large, fp32 | 2.50 (2.49 to 2.51) | 1.25 (1.24 to 1.26) | 4e-06 |" in lines
     step = "| this project, large, fp32 | 2.50 (2.49 to 2.51) | 1.25 (1.24 to 1.26) | 3.50 (3.49 to 3.51) | 62% |"

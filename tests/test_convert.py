@@ -84,7 +84,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def large():
-    """Likewise a large one."""
+    """The same as a large model."""
     model = RaftForOpticalFlow(RaftConfig())
     for name, tensor in model.state_dict().items():
         if name.endswith("num_batches_tracked"):

@@ -43,7 +43,7 @@ def test_post_processing_takes_the_padding_off(height, width, mode):
     pixel_values = processor([image, image], return_tensors="pt").pixel_values
     assert pixel_values.shape[-2] % 8 == pixel_values.shape[-1] % 8 == 0
     assert min(pixel_values.shape[-2:]) >= 64
-    outputs = RaftOutput(flow=pixel_values[:, 0, :2])  # two colour channels as flow: what comes back is the image
+    outputs = RaftOutput(flow=pixel_values[:, 0, :2])  # two color channels as flow: what comes back is the image
     flow = processor.post_process_optical_flow(outputs, target_sizes=[(height, width)])[0]["flow"]
     expected = torch.from_numpy(image[..., :2]).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(flow, expected, atol=1e-6, rtol=0)

@@ -130,7 +130,7 @@ def test_pairs_of_one_size_are_computed_together(pipe, monkeypatch):
     assert pipe([]) == []
 
 
-def test_picture_is_that_of_predict_flow(pipe):
+def test_image_is_that_of_predict_flow(pipe):
     result = pipe(tuple(PAIR), return_image=True)
     assert result["image"].mode == "RGB"
     np.testing.assert_array_equal(np.asarray(result["image"]), visualize.draw_flow(result["flow"]))

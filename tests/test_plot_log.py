@@ -60,8 +60,8 @@ def test_what_does_not_exist_is_a_gap():
 
 def test_a_run_has_one_color_in_every_panel_and_the_legend():
     figure = plot_runs({"one": make_log(3.0, validation=None), "other": make_log(7.0), "third": make_log(1.0)})
-    colours = {axes.get_gid(): [line.get_color() for line in axes.get_lines()] for axes in figure.axes}
-    assert len(colours) == 4 and all(colour == ["C0", "C1", "C2"] for colour in colours.values())
+    colors = {axes.get_gid(): [line.get_color() for line in axes.get_lines()] for axes in figure.axes}
+    assert len(colors) == 4 and all(color == ["C0", "C1", "C2"] for color in colors.values())
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["one", "other", "third"]
     assert [line.get_color() for line in legend.get_lines()] == ["C0", "C1", "C2"]
@@ -131,6 +131,6 @@ def test_command_writes_an_image_without_a_display(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "MPLBACKEND": "", "HOME": str(tmp_path)}
     result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, env=environment)
     assert result.returncode == 0, result.stderr
-    with Image.open(tmp_path / "p.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 300
-        assert picture.convert("L").getextrema() == (0, 255)
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300
+        assert image.convert("L").getextrema() == (0, 255)

@@ -36,10 +36,10 @@ from flow_data.synthetic.textures import (
     cut_pool,
     draw_leaf_radii,
     draw_noise,
-    list_pictures,
+    list_images,
     pool_image,
     pool_kind,
-    read_picture,
+    read_image,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -455,14 +455,14 @@ def test_images_are_found_in_natural_order(tmp_path):
         if not name.startswith(".") and not name.endswith("txt"):
             Image.new("RGB", (2, 2)).save(tmp_path / name)
         else:
-            (tmp_path / name).write_text("no picture")
-    names = [str(Path(path).relative_to(tmp_path)) for path in list_pictures(str(tmp_path))]
+            (tmp_path / name).write_text("no image")
+    names = [str(Path(path).relative_to(tmp_path)) for path in list_images(str(tmp_path))]
     assert names == ["a/frame2.tif", "b.webp", "frame9.png", "frame10.jpg"]
 
 
 def test_sixteen_bit_gray_is_not_clipped(tmp_path):
     cv2.imwrite(str(tmp_path / "deep.png"), np.full((4, 4), 30000, np.uint16))
-    assert (read_picture(str(tmp_path / "deep.png")) == 30000 >> 8).all()
+    assert (read_image(str(tmp_path / "deep.png")) == 30000 >> 8).all()
 
 
 # ---- appearance ----
@@ -574,8 +574,8 @@ def test_dataset_items_are_drawn_on_access():
 
 def test_splits_share_no_pair():
     items = [synthetic(SMALL, split=split, seed=0, num_pairs=3)[:3] for split in ("training", "validation")]
-    pictures = [image.tobytes() for item in items for image in item["image1"]]
-    assert len(set(pictures)) == 6
+    frames = [image.tobytes() for item in items for image in item["image1"]]
+    assert len(set(frames)) == 6
 
 
 # ---- extremes and errors ----
@@ -619,7 +619,7 @@ def test_bad_options_are_named(wrong):
 
 def test_bad_folders_images_and_splits_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    for folder, message in [("missing", "is not a folder"), ("empty", "no picture in")]:
+    for folder, message in [("missing", "is not a folder"), ("empty", "no image in")]:
         with pytest.raises(ValueError, match=rf"{message}.*|{folder}.*\.png"):
             synthetic(SyntheticOptions(textures=str(tmp_path / folder)))
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")

@@ -278,7 +278,7 @@ def job(tmp_path):
     model.update_block.flow_head[2].bias.data.zero_()  # else flow has one direction there and back: all is occluded
     model.save_pretrained(tmp_path / "model")
     frames = moving_shapes(6, 64, 80, VELOCITIES).frames
-    write_pictures(tmp_path / "frames", frames)
+    write_images(tmp_path / "frames", frames)
     with VideoWriter(tmp_path / "clip.mp4", frame_rate=25) as video:
         for frame in frames:
             video.write(frame)
@@ -288,15 +288,15 @@ def job(tmp_path):
     (tmp_path / "arrays").mkdir()
     for number, values in enumerate(rng.normal(size=(6, 64, 80, 2)).astype(np.float16), start=6):  # 6 to 11
         np.save(tmp_path / f"arrays/map_{number}.npy", values)
-    write_pictures(tmp_path / "gray", rng.integers(0, 256, (6, 64, 80), np.uint8))
-    write_pictures(tmp_path / "colour", rng.integers(0, 256, (6, 32, 40, 3), np.uint8))
+    write_images(tmp_path / "gray", rng.integers(0, 256, (6, 64, 80), np.uint8))
+    write_images(tmp_path / "color", rng.integers(0, 256, (6, 32, 40, 3), np.uint8))
     return tmp_path
 
 
-def write_pictures(folder, pictures):
+def write_images(folder, images):
     folder.mkdir(exist_ok=True)
-    for number, picture in enumerate(pictures, start=6):
-        Image.fromarray(picture).save(folder / f"{number}.png")
+    for number, image in enumerate(images, start=6):
+        Image.fromarray(image).save(folder / f"{number}.png")
 
 
 def command(folder, frames="frames", maps="maps.npy", output="out.npy", *more):
@@ -342,7 +342,7 @@ def test_a_video_file_is_read(job):
     np.testing.assert_allclose(np.load(job / "new/out.npy"), smoothed, atol=1e-6)
 
 
-@pytest.mark.parametrize("maps", ["arrays", "gray", "colour"])
+@pytest.mark.parametrize("maps", ["arrays", "gray", "color"])
 def test_a_folder_gives_a_folder_of_the_same_names(job, maps):
     main(command(job, maps=maps, output="new/out"))
     given, written = load(job / maps), load(job / "new/out")
@@ -366,7 +366,7 @@ def test_phone_photos_are_smoothed_as_upright_ones(job):
     """Maps are upright; the frames lie on their side, and say so."""
     frames, tall = moving_shapes(6, 64, 80, VELOCITIES).frames, np.random.default_rng(1).random((6, 80, 64))
     np.save(job / "tall.npy", tall)
-    write_pictures(job / "upright", [np.rot90(frame, -1) for frame in frames])
+    write_images(job / "upright", [np.rot90(frame, -1) for frame in frames])
     (job / "phone").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright

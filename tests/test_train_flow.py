@@ -177,7 +177,7 @@ def test_bf16_trains_and_is_not_float32(finished_run, tmp_path):
         ({"config_overrides": "{corr_levels: 0}"}, ["corr_levels must be at least 1; got 0"]),
         ({"config_overrides": "{feature_dim: abc}"}, ["config_overrides", "feature_dim"]),
         ({"config_overrides": None, "model_name_or_path": "outputs/nowhere"}, ["outputs/nowhere is no folder"]),
-        ({"synthetic_textures": "no_pictures_here"}, ["no_pictures_here"]),
+        ({"synthetic_textures": "no_images_here"}, ["no_images_here"]),
         ({"report_to": "tensorbord"}, ["got tensorbord; did you mean tensorboard?"]),
     ],
 )

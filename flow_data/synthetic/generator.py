@@ -22,14 +22,14 @@ from flow_data.synthetic.appearance import apply_appearance, draw_appearances, d
 from flow_data.synthetic.motion import match_displacement, project
 from flow_data.synthetic.rendering import find_flow, find_masks, find_occlusion, paint
 from flow_data.synthetic.scenes import Cut, Scene, draw_ego_motion, draw_layered
-from flow_data.synthetic.textures import Pool, cut_picture, cut_pool, list_pictures, read_picture
+from flow_data.synthetic.textures import Pool, cut_from_image, cut_pool, list_images, read_image
 
 if TYPE_CHECKING:  # takes a second, and the command line needs the names of the data sets only
     from datasets import Dataset
 
 SPLITS = {"training": 0, "validation": 1, "all": 0}  # `all` leaves what is held out held out
 POOL_SIZES = {"training": 256, "validation": 64, "all": 256}  # textures; about 1 MB of memory and 40 ms of time each
-PICTURES_PER_PAIR = 3  # of the user's, for all layers
+IMAGES_PER_PAIR = 3  # of the user's, for all layers
 SHARES = ("appearance", "nonrigid", "ego_motion")  # options between 0 and 1
 PROBES = 1500  # pixels, about, that the mean displacement is taken over when motions are scaled
 
@@ -43,7 +43,7 @@ class SyntheticOptions:
         displacement: (lowest, highest) mean length of the flow vectors of a pair in pixels, drawn log-uniformly.
             Single objects move much farther: up to a fifth of the frame's diagonal.
         shapes: (fewest, most) foreground shapes.
-        textures: Folder of pictures to cut textures from, searched recursively. None draws procedural textures.
+        textures: Folder of images to cut textures from, searched recursively. None draws procedural textures.
         appearance: Strength, 0 to 1, of what differs between the frames but motion: exposure, light, blur, noise.
         nonrigid: Probability that a layer deforms smoothly on top of its motion.
         ego_motion: Share of pairs whose camera travels through a scene of planes in depth, as in KITTI.
@@ -103,7 +103,7 @@ def synthetic(options: SyntheticOptions, split: str = "training", seed: int = 0,
     """
     _stream(split)
     if options.textures is not None:
-        list_pictures(options.textures)
+        list_images(options.textures)
     records = {"id": [f"{split}/{i:06d}" for i in range(num_pairs)], "index": list(range(num_pairs))}
     from datasets import Dataset
 
@@ -175,12 +175,12 @@ def mean_flow(scene: Scene, label: np.ndarray, scale: float) -> float:
 
 
 def _texture_source(rng: np.random.Generator, options: SyntheticOptions, pool: Pool) -> Cut:
-    """What gives the textures of a pair: a few of the user's pictures, or the pool."""
+    """What gives the textures of a pair: a few of the user's images, or the pool."""
     if options.textures is None:
         return lambda rng, size, kinds: cut_pool(rng, pool, size, kinds)
-    paths = list_pictures(options.textures)
-    pictures = [read_picture(paths[i]) for i in rng.integers(len(paths), size=PICTURES_PER_PAIR)]
-    return lambda rng, size, kinds: cut_picture(rng, pictures[rng.integers(len(pictures))], size)
+    paths = list_images(options.textures)
+    images = [read_image(paths[i]) for i in rng.integers(len(paths), size=IMAGES_PER_PAIR)]
+    return lambda rng, size, kinds: cut_from_image(rng, images[rng.integers(len(images))], size)
 
 
 def _stream(split: str) -> int:

@@ -30,7 +30,7 @@ class Masks(NamedTuple):
         boxes: Of each layer, (top, bottom, left, right), None where it is out of the frame.
         covers: Of each layer, `(h, w)` float32, the share of each pixel of its box that it covers; None as above. The
             background's are None and mean everywhere.
-        strokes: Likewise the line along the outline, None where it has none.
+        strokes: In the same way, the line along the outline; None where it has none.
         label: `(H, W)` uint16, the index of the frontmost layer that covers at least half of the pixel.
     """
 
@@ -321,7 +321,7 @@ def find_occlusion(flow: np.ndarray, label1: np.ndarray, label2: np.ndarray) -> 
     Args:
         flow: `(H, W, 2)`.
         label1: `(H, W)`, index of the frontmost layer in frame 1.
-        label2: Likewise in frame 2.
+        label2: The same of frame 2.
     """
     height, width = label1.shape
     x = np.arange(width, dtype=np.float32) + flow[..., 0]

@@ -1,9 +1,9 @@
-"""Textures for synthetic pairs: windows of a pool of drawn images, or of the user's own pictures.
+"""Textures for synthetic pairs: windows of a pool of drawn images, or of the user's own images.
 
 The pool is drawn lazily, each image once in a process, as a pure function of (seed, split, index). A use of it is a
 window at a random place, zoom and rotation with colors of its own, so that few images make many textures.
 
-Shapes: `S S` image of the pool, `h w` window, `H W` picture.
+Shapes: `S S` image of the pool, `h w` window, `H W` image.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from PIL import Image
 
 from flow_data.file_names import natural_order
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-PICTURE_ZOOM = (0.7, 2.0)  # picture pixels per frame pixel, where the picture is large enough
-PICTURE_ANGLE = (-0.2, 0.2)  # radians
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+IMAGE_ZOOM = (0.7, 2.0)  # image pixels per frame pixel, where the image is large enough
+IMAGE_ANGLE = (-0.2, 0.2)  # radians
 
 SMALLEST_WINDOW = 16  # pixels per side: a smaller one would be mirrored very often
 POOL_SIDE = 512  # pixels of an image of the pool
@@ -364,53 +364,53 @@ TURNS = ("leaves", "collage", "noise", "collage", "leaves", "bands", "gradient",
 CARTOON_KINDS = ("cartoon", "gradient")
 
 
-# ---- the user's pictures ----
+# ---- the user's images ----
 
 
-def cut_picture(rng: np.random.Generator, picture: np.ndarray, size: tuple[float, float]) -> Texture:
-    """Cut a part for an area of `size` frame pixels out of a picture, zoomed and perhaps mirrored.
+def cut_from_image(rng: np.random.Generator, image: np.ndarray, size: tuple[float, float]) -> Texture:
+    """Cut a part for an area of `size` frame pixels out of an image, zoomed and perhaps mirrored.
 
-    Colors stay as they are. Small pictures are enlarged.
+    Colors stay as they are. Small images are enlarged.
     """
     area = max(SMALLEST_WINDOW, round(size[0])), max(SMALLEST_WINDOW, round(size[1]))
-    fit = min(picture.shape[0] / area[0], picture.shape[1] / area[1])
-    zoom = min(fit, np.exp(rng.uniform(*np.log(PICTURE_ZOOM))))
+    fit = min(image.shape[0] / area[0], image.shape[1] / area[1])
+    zoom = min(fit, np.exp(rng.uniform(*np.log(IMAGE_ZOOM))))
     height, width = max(1, int(area[0] * zoom)), max(1, int(area[1] * zoom))
-    top, left = rng.integers(0, picture.shape[0] - height + 1), rng.integers(0, picture.shape[1] - width + 1)
-    part = picture[top : top + height, left : left + width]
+    top, left = rng.integers(0, image.shape[0] - height + 1), rng.integers(0, image.shape[1] - width + 1)
+    part = image[top : top + height, left : left + width]
     if rng.random() < 0.5:
         part = np.ascontiguousarray(part[:, ::-1])
     window = cv2.resize(part, area[::-1], interpolation=cv2.INTER_AREA if zoom > 1 else cv2.INTER_CUBIC)
-    return Texture(window, 1.0, rng.uniform(*PICTURE_ANGLE))
+    return Texture(window, 1.0, rng.uniform(*IMAGE_ANGLE))
 
 
 @lru_cache(maxsize=8)
-def list_pictures(folder: str) -> tuple[str, ...]:
-    """The pictures below a folder, in natural order.
+def list_images(folder: str) -> tuple[str, ...]:
+    """The images below a folder, in natural order.
 
     Raises:
-        ValueError: If there is no such folder or no picture in it.
+        ValueError: If there is no such folder or no image in it.
     """
-    expected = f"expected a folder with pictures ({', '.join(sorted(PICTURE_SUFFIXES))})"
+    expected = f"expected a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
     if not Path(folder).is_dir():
         raise ValueError(f"textures: {folder} is not a folder; {expected}")
-    found = [p for p in Path(folder).rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith(".")]
+    found = [p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not found:
-        raise ValueError(f"textures: no picture in {folder}; {expected}")
+        raise ValueError(f"textures: no image in {folder}; {expected}")
     return tuple(sorted(map(str, found), key=natural_order))
 
 
-@lru_cache(maxsize=8)  # for folders of few pictures; decoding takes longer than the rest of a pair
-def read_picture(path: str) -> np.ndarray:
-    """Read a picture as `(H, W, 3)` uint8.
+@lru_cache(maxsize=8)  # for folders of few images; decoding takes longer than the rest of a pair
+def read_image(path: str) -> np.ndarray:
+    """Read an image as `(H, W, 3)` uint8.
 
     Raises:
         ValueError: If it cannot be read; the message names the file.
     """
     try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith("I;16"):  # Pillow would clip 16-bit gray to white
-                return cv2.cvtColor((np.array(picture) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
-            return np.array(picture.convert("RGB"))
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray to white
+                return cv2.cvtColor((np.array(image) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+            return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"textures: {path} is not a readable picture: {error}") from error
+        raise ValueError(f"textures: {path} is not a readable image: {error}") from error

@@ -68,11 +68,11 @@ def test_what_is_not_finite_is_white_and_no_measure():
     flow = some_flow(2, 15, 20)
     broken = flow.clone()
     broken[0, 3, 4], broken[1, 5, 6], broken[:, 7, 8] = torch.nan, torch.inf, -torch.inf
-    picture, expected = draw_flow(broken), draw_flow(flow, max_length=longest_vector(broken))
+    drawn, expected = draw_flow(broken), draw_flow(flow, max_length=longest_vector(broken))
     where = (np.array([3, 5, 7]), np.array([4, 6, 8]))
-    assert (picture[where] == 255).all() and (expected[where] < 255).any(axis=1).all()
+    assert (drawn[where] == 255).all() and (expected[where] < 255).any(axis=1).all()
     expected[where] = 255
-    assert np.array_equal(picture, expected)
+    assert np.array_equal(drawn, expected)
     assert (draw_flow(torch.full((2, 3, 3), torch.nan)) == 255).all()
 
 
@@ -116,9 +116,9 @@ def test_nothing_is_cut_off_in_a_legend(scale):
         assert (legend[:, -1] == 255).all() and (legend[-1] == 255).all() and (legend[0, size:] == 255).all()
         assert (draw_error_legend(length, scale)[:, -1] == 255).all()
     for text in ("Agjpqy", "0", "www"):
-        picture = draw_text(text, scale)
-        assert picture.min() < 100 and len(picture) == len(draw_text("a", scale))
-        for edge in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+        drawn = draw_text(text, scale)
+        assert drawn.min() < 100 and len(drawn) == len(draw_text("a", scale))
+        for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]):
             assert (edge == 255).all()
 
 
@@ -131,90 +131,91 @@ def test_lengths_are_written_with_the_digits_that_matter(value, text):
 
 
 def a_pair(height, width):
-    """Frame, truth, mask and prediction; the first row is unknown."""
+    """Frame, ground truth, mask and prediction; the first row is unknown."""
     frame = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    truth = some_flow(2, height, width).permute(1, 2, 0).numpy()
+    flow_gt = some_flow(2, height, width).permute(1, 2, 0).numpy()
     valid = np.ones((height, width), bool)
     valid[0] = False
-    return frame, truth, valid, some_flow(2, height, width) + 0.5
+    return frame, flow_gt, valid, some_flow(2, height, width) + 0.5
 
 
 def test_comparison_has_one_scale_and_tells_the_unknown_apart():
     image = np.zeros((8, 8, 3), np.uint8)
-    truth = np.full((8, 8, 2), 4.0, np.float32)
+    flow_gt = np.full((8, 8, 2), 4.0, np.float32)
     valid = np.ones((8, 8), bool)
     valid[0] = False
-    same = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 4.0))
+    same = draw_comparison(image, flow_gt, valid, torch.full((2, 8, 8), 4.0))
     true_part, predicted, error = same[:, 12:20], same[:, 24:32], same[:, 36:44]
     assert (true_part[0] == 255).all() and np.array_equal(true_part[1:], predicted[1:]) and (error[1:] == 0).all()
     assert (error[0] == UNKNOWN_ERROR).all() and len(set(UNKNOWN_ERROR)) == 3  # errors are gray
-    half = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 2.0))
+    half = draw_comparison(image, flow_gt, valid, torch.full((2, 8, 8), 2.0))
     assert not np.array_equal(half[1:, 12:20], half[1:, 24:32])  # half as long is half as saturated
     assert (half[1:, 36:44] == int(255 * 2 * 2**0.5 / 3)).all()
-    finer = draw_comparison(image, truth, valid, torch.full((2, 8, 8), 2.0), white_error=8)
+    finer = draw_comparison(image, flow_gt, valid, torch.full((2, 8, 8), 2.0), white_error=8)
     assert (finer[1:, 36:44] == int(255 * 2 * 2**0.5 / 8)).all()
     assert stack_rows([same, same[:, :10]]).shape == (20, 44, 3)
 
 
-def test_unknown_truth_and_broken_predictions_are_no_measure():
-    _, truth, valid, flow_pred = a_pair(8, 9)
-    expected = common_length(truth, valid, flow_pred)
-    assert expected == pytest.approx(max(np.linalg.norm(truth[1:], axis=2).max(), flow_pred.norm(dim=0).max().item()))
-    truth[0], flow_pred[:, 3, 3] = 1e9, torch.nan
-    assert common_length(truth, valid, flow_pred) == pytest.approx(expected)
+def test_unknown_ground_truth_and_broken_predictions_are_no_measure():
+    _, flow_gt, valid, flow_pred = a_pair(8, 9)
+    expected = common_length(flow_gt, valid, flow_pred)
+    longest = max(np.linalg.norm(flow_gt[1:], axis=2).max(), flow_pred.norm(dim=0).max().item())
+    assert expected == pytest.approx(longest)
+    flow_gt[0], flow_pred[:, 3, 3] = 1e9, torch.nan
+    assert common_length(flow_gt, valid, flow_pred) == pytest.approx(expected)
 
 
 def test_a_prediction_that_is_not_finite_is_the_largest_error():
-    frame, truth, valid, flow_pred = a_pair(8, 8)
+    frame, flow_gt, valid, flow_pred = a_pair(8, 8)
     flow_pred[0, 3, 4], flow_pred[1, 5, 6] = torch.nan, torch.inf
-    picture = draw_comparison(frame, truth, valid, flow_pred)
-    assert (picture[[3, 5], [36 + 4, 36 + 6]] == 255).all() and (picture[[3, 5], [24 + 4, 24 + 6]] == 255).all()
+    drawn = draw_comparison(frame, flow_gt, valid, flow_pred)
+    assert (drawn[[3, 5], [36 + 4, 36 + 6]] == 255).all() and (drawn[[3, 5], [24 + 4, 24 + 6]] == 255).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (8, 20), (100, 300), (90, 900)])
 def test_compare_is_the_comparison_with_titles_and_legends(height, width):
     """The four parts are in it, in their order, and only white, text and legends are around them."""
     pair = a_pair(height, width)
-    picture = compare(*pair, white_error=2)
+    drawn = compare(*pair, white_error=2)
     row = draw_comparison(*pair, white_error=2)
     scale = max(width / 400, 1)
     top = len(draw_text("a", scale)) + GAP
     lefts = [0]
     for number, title in enumerate(TITLES):
         part = row[:, number * (width + GAP) : number * (width + GAP) + width]
-        assert np.array_equal(picture[top : top + height, lefts[-1] : lefts[-1] + width], part)
+        assert np.array_equal(drawn[top : top + height, lefts[-1] : lefts[-1] + width], part)
         text = draw_text(title, scale)
-        assert np.array_equal(picture[: len(text), lefts[-1] : lefts[-1] + text.shape[1]], text)
+        assert np.array_equal(drawn[: len(text), lefts[-1] : lefts[-1] + text.shape[1]], text)
         lefts.append(lefts[-1] + max(width, text.shape[1]) + GAP)
     wheel, grays = draw_legend(common_length(*pair[1:]), scale), draw_error_legend(2, scale)
-    below = picture[top + height + GAP :]
+    below = drawn[top + height + GAP :]
     assert np.array_equal(below[: len(wheel), lefts[1] : lefts[1] + wheel.shape[1]], wheel)
     left = max(lefts[3], lefts[1] + wheel.shape[1] + GAP)
     assert np.array_equal(below[: len(grays), left : left + grays.shape[1]], grays)
 
 
 def test_sizes_that_differ_and_bad_scales_are_named():
-    frame, truth, valid, flow_pred = a_pair(8, 9)
+    frame, flow_gt, valid, flow_pred = a_pair(8, 9)
     for draw in (compare, draw_comparison):
         with pytest.raises(ValueError, match=r"flow_pred must have the size of the others, \(8, 9\); got \(8, 5\)"):
-            draw(frame, truth, valid, flow_pred[..., :5])
+            draw(frame, flow_gt, valid, flow_pred[..., :5])
         with pytest.raises(ValueError, match=r"valid must have the size of the others, \(8, 9\); got \(7, 9\)"):
-            draw(frame, truth, valid[1:], flow_pred)
+            draw(frame, flow_gt, valid[1:], flow_pred)
         with pytest.raises(ValueError, match=r"flow_gt must have the size of the others, \(7, 9\); got \(8, 9\)"):
-            draw(frame[1:], truth, valid, flow_pred)
+            draw(frame[1:], flow_gt, valid, flow_pred)
         with pytest.raises(ValueError, match="white_error must be a positive number of pixels; got 0"):
-            draw(frame, truth, valid, flow_pred, white_error=0)
+            draw(frame, flow_gt, valid, flow_pred, white_error=0)
         with pytest.raises(ValueError, match="max_length must be a positive number of pixels; got -1"):
-            draw(frame, truth, valid, flow_pred, max_length=-1)
+            draw(frame, flow_gt, valid, flow_pred, max_length=-1)
 
 
 def test_a_real_pair_is_compared(sample_data):
-    """KITTI knows part of the pixels: those are blue, and with the truth as prediction all others black."""
+    """KITTI knows part of the pixels: those are blue, and with the ground truth as prediction all others black."""
     folder = sample_data / "KITTI" / "training"
-    truth, valid = read_flow(folder / "flow_occ" / "000010_10.png")
+    flow_gt, valid = read_flow(folder / "flow_occ" / "000010_10.png")
     frame = read_rgb({"bytes": None, "path": str(folder / "image_2" / "000010_10.png")}, "frame")
-    picture = compare(frame, truth, valid, torch.from_numpy(truth).permute(2, 0, 1))
+    drawn = compare(frame, flow_gt, valid, torch.from_numpy(flow_gt).permute(2, 0, 1))
     scale = frame.shape[1] / 400
     top = len(draw_text("a", scale)) + GAP
-    error = picture[top : top + len(frame), 3 * (frame.shape[1] + GAP) :]
+    error = drawn[top : top + len(frame), 3 * (frame.shape[1] + GAP) :]
     assert (error[valid] == 0).all() and (error[~valid] == UNKNOWN_ERROR).all() and 0.1 < valid.mean() < 0.9
