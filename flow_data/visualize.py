@@ -104,6 +104,48 @@ def draw_legend(max_length: float, scale: float = 1) -> np.ndarray:
     return legend
 
 
+def draw_scale(max_length: float, size: int = 240) -> np.ndarray:
+    """A color wheel that says what colors mean in pixels: four directions, and rings with the lengths at them.
+
+    Args:
+        max_length: pixels at the rim, as given to `draw_flow`.
+        size: of the wheel in pixels, without the words around it.
+
+    Returns:
+        `(h, w, 3)` uint8.
+
+    Raises:
+        ValueError: `max_length` is not a positive number, or there is no room for words.
+    """
+    cv2 = _opencv()
+    _check_length(max_length)
+    if size < 100:
+        raise ValueError(f"size must be at least 100; got {size}")
+    wheel, scale = draw_wheel(size), size / 170
+    stroke, middle = max(1, round(scale * 0.7)), size // 2
+    for share in (0.5, 1.0):
+        cv2.circle(wheel, (middle, middle), round(share * size / 2) - stroke, (0, 0, 0), stroke, cv2.LINE_AA)
+    for tip in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+        ends = [tuple(round(middle + share * size * side) for side in tip) for share in (0.04, 0.16)]
+        cv2.arrowedLine(wheel, *ends, (0, 0, 0), stroke, cv2.LINE_AA, tipLength=0.4)
+    names = {name: draw_text(name, scale) for name in ("up", "down", "left", "right")}
+    left, top = names["left"].shape[1] + GAP, names["up"].shape[0] + GAP
+    lengths = [draw_text(f"{pixel_text(share * max_length)} px", scale) for share in (0.5, 1.0)]
+    width = left + size + GAP + max(names["right"].shape[1], lengths[1].shape[1])
+    image = np.full((2 * top + size, width, 3), 255, np.uint8)
+    _paste(image, wheel, top, left)
+    for name, word in names.items():
+        x = {"left": 0, "right": left + size + GAP}.get(name, left + middle - word.shape[1] // 2)
+        y = {"up": 0, "down": top + size + GAP}.get(name, top + middle - word.shape[0] // 2)
+        _paste(image, word, y, x)
+    # At the lower right of each ring, where it is 45 degrees from the words; on a patch of white inside of the wheel.
+    for share, label in zip((0.5, 1.0), lengths, strict=True):
+        x = round(left + middle + share * size / 2 * math.sqrt(0.5))
+        y = round(top + middle + share * size / 2 * math.sqrt(0.5))
+        _paste(image, label, y - (label.shape[0] // 2 if share < 1 else 0), x + stroke if share == 1 else x + 2)
+    return image
+
+
 def draw_text(text: str, scale: float = 1) -> np.ndarray:
     """Black letters on white, `(h, w, 3)` uint8; as wide as they need, and of one height whatever the letters."""
     cv2 = _opencv()
