@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: quickstart test test-fast test-lowest test-hf quality style bench
+.PHONY: quickstart demo test test-fast test-browser test-lowest test-hf quality style bench
 
 # Flow of two frames with the shipped weights; then a fine-tune on the look of these frames, evaluated before and after.
 QUICKSTART := outputs/quickstart
@@ -24,6 +24,11 @@ quickstart: $(INSTALLED)
 	@echo "  .venv/bin/accelerate launch train_flow.py --config configs/stylised.yaml \\"
 	@echo "      --model_name_or_path pretrained/raft-small-synthetic --synthetic_textures FOLDER_OF_YOUR_FRAMES"
 
+# the page in the browser; it prints its address
+demo: $(INSTALLED)
+	$(PYTHON) -c "import gradio" 2>/dev/null || $(PYTHON) -m pip install --quiet --editable ".[demo]"
+	$(PYTHON) app.py
+
 # One torch thread for each of two workers: on two cores, more threads only get in each other's way.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --durations=15
@@ -31,6 +36,14 @@ test: $(INSTALLED)
 # for the edit loop, under 90 seconds: no test that takes seconds or starts processes
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+
+# the page in a real browser: installs Debian's Chromium where there is none and it may; else the tests are skipped
+test-browser: $(INSTALLED)
+	$(PYTHON) -c "import gradio, playwright" 2>/dev/null || $(PYTHON) -m pip install --quiet --editable ".[test,browser]"
+	command -v chromium chromium-browser google-chrome >/dev/null || (apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends chromium >/dev/null) || \
+		echo "no Chromium, and apt-get cannot install it: the tests are skipped"
+	$(PYTHON) -m pytest -m browser tests/test_page.py -rs --durations=5
 
 # the suite with the lowest versions that setup.cfg allows, in an environment of its own
 LOWEST := .venv-lowest

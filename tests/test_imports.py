@@ -6,6 +6,7 @@ import sys
 import pytest
 
 HEAVY = {"torch", "torchvision", "transformers", "accelerate", "datasets", "av", "h5py", "pandas", "cv2", "matplotlib"}
+HEAVY |= {"gradio"}
 HELP = """
 import runpy, sys
 sys.argv[1:] = ["--help"]
@@ -15,7 +16,7 @@ except SystemExit:
     pass
 """
 COMMANDS = ["train_flow", "evaluate_flow", "predict_flow", "flow_training.curriculum", "flow_training.hub"]
-COMMANDS += ["flow_training.plot_log", "flow_data.preview"]
+COMMANDS += ["flow_training.plot_log", "flow_data.preview", "app"]
 
 
 def run_python(code: str, blocked: set[str] = frozenset()) -> subprocess.CompletedProcess:

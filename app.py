@@ -1,0 +1,824 @@
+"""A page in the browser: the flow of two frames, and of a video.
+
+    make demo                       # installs what it needs, and prints the local address
+    python app.py --port 7860 --model DIR_OR_REPO
+
+It needs neither a network nor an account: without --model, it uses the shipped weights. Uploads, and results, are
+deleted after an hour. One prediction runs at a time; others wait in a queue, which shows their position.
+"""
+
+import argparse
+import atexit
+import functools
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flow_data.file_names import FORMAT_SUFFIXES
+from flow_data.optional_packages import MissingPackageError, needs_extra
+from flow_data.shipped_files import PRETRAINED, find_model
+
+# torch and gradio are imported once the arguments are known to be good, so that --help takes no time.
+if TYPE_CHECKING:
+    import gradio as gr
+    import numpy as np
+
+    from modeling_raft import RaftForOpticalFlow
+
+MAX_UPLOAD = "100mb"
+MAX_FRAME_PIXELS = 16_000_000  # of a picture: a phone's; flow of that size takes 128 MB
+MAX_VIDEO_FRAMES, MAX_VIDEO_SIDE = 120, 960  # of a video: so long, and so large, that it takes minutes on a CPU
+SHOWN_SIDE = 1024  # pixels of the images in the page
+KEEP_SECONDS = 3600  # uploads and results
+SWEEP_SECONDS = 300
+MAX_WAITING = 20  # visitors in the queue
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SERVER_PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:;,'\"()]+/)+")  # the folders of an absolute path
+OUT_OF_MEMORY = "Choose a smaller longest side."  # advice
+
+PAIR_FORMATS = {"flo": "flow.flo", "npz": "flow.npz", "kitti": "flow_kitti.png", "color": "flow_color.png"}
+ZIP_FORMATS = {"none": None, ".flo": "flo", ".npz": "npz", "KITTI .png": "kitti", "color .png": "color"}
+VIEWS = {  # name in the page -> key of `draw_views`, and what it shows
+    "Flow": ("flow", "Color is the direction of motion and saturation its length: the wheel has the pixels."),
+    "Arrows": ("arrows", "Each arrow leads from a pixel of frame 1 to its place in frame 2; a dot hardly moves."),
+    "Frame 2 warped back": ("warped", "Frame 2 moved back along the flow: it is frame 1 where flow is right."),
+    "Difference": ("difference", "Between frame 1 and frame 2 warped back: black is no difference."),
+    "Occlusion": ("occlusion", "Pink pixels of frame 1 are hidden in frame 2, or outside of it, or their flow is "
+                  "wrong: backward flow does not lead back to them."),
+    "Forward-backward error": ("consistency", "How far from its start a pixel ends up by flow and backward flow: "
+                               "black is 0 px, white 3 px or more."),
+}  # fmt: skip
+STYLE = """
+.gradio-container {max-width: 1120px !important; width: 100%; margin: 0 auto !important}
+.note {padding: 10px 14px; border-radius: 8px; border: 1px solid var(--border-color-primary)}
+.note.error {border-color: #d92d20; border-left-width: 6px}
+#pixel_text {min-height: 3.2em}
+#preview1 img, #preview2 img {max-height: 220px; object-fit: contain}
+#scale {max-width: 260px}
+#film video {max-height: 300px}
+#shown video {max-height: 420px}
+"""
+# Gradio's images have no alternative texts: each gets its own here, or the label of its block.
+ALTERNATIVE_TEXTS = """() => {
+    const own = {
+        examples: () => "Example: frame 1 of a pair", clips: () => "Example: a clip",
+        scale: () => "Color wheel: the direction and length of flow in pixels that each color stands for",
+        slider: (image, all) => all.indexOf(image) === 0 ? "Frame 1"
+            : document.querySelector("#caption")?.innerText ?? "",
+    };
+    const describe = () => document.querySelectorAll(".gradio-container img").forEach((image) => {
+        const block = image.closest(".block"), id = Object.keys(own).find((id) => image.closest("#" + id));
+        const label = block && block.querySelector("[data-testid='block-label']");
+        const text = id ? own[id](image, [...document.querySelectorAll("#" + id + " img")])
+            : image.alt || (label && label.innerText) || "Image";
+        if (image.alt !== text.trim()) image.alt = text.trim();
+    });
+    new MutationObserver(describe).observe(document.body, {childList: true, subtree: true, attributes: true});
+    describe();
+}"""
+
+
+class PairJob(NamedTuple):
+    """The files of a result of two frames.
+
+    Args:
+        folder: With `flow.npy`, `(2, H, W)` in pixels, and `VIEW.jpg`, the images of the page.
+        size: (height, width) of the frames.
+        views: Keys of `draw_views` that there are.
+    """
+
+    folder: Path
+    size: tuple[int, int]
+    views: list[str]
+
+
+class Settings(NamedTuple):
+    """What a visitor has chosen, for both kinds of predictions."""
+
+    num_flow_updates: int
+    max_side: int
+    mixed_precision: str | None  # None: as `FlowVideo` chooses
+    model: str
+    weights: str | None  # an uploaded file
+
+    def source(self) -> str:
+        """Of the model, as in Python code."""
+        if self.weights:
+            return repr(Path(self.weights).name)
+        return repr(self.model.strip()) if self.model.strip() else "pretrained_path()"
+
+
+class Workspace:
+    """Folders of results, which are deleted after an hour, and the stop requests of visitors."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="optical-flow-"))
+        self.lock = threading.Lock()  # one prediction at a time, also while a stopped one ends
+        self._stops: dict[str, threading.Event] = {}
+        atexit.register(shutil.rmtree, self.root, ignore_errors=True)
+        threading.Thread(target=self._sweep_for_ever, daemon=True).start()
+
+    def new_folder(self) -> Path:
+        """Make the folder of a result."""
+        return Path(tempfile.mkdtemp(dir=self.root))
+
+    def stop_event(self, session: str | None) -> threading.Event:
+        """Return what is set to stop the predictions of a visitor."""
+        return self._stops.setdefault(session or "", threading.Event())
+
+    def forget(self, session: str | None) -> None:
+        """Stop what a visitor has started who has left."""
+        self.stop_event(session).set()
+        self._stops.pop(session or "", None)
+
+    def sweep(self, now: float | None = None) -> None:
+        """Delete the results that are older than an hour."""
+        for folder in self.root.iterdir():
+            if (time.time() if now is None else now) - folder.stat().st_mtime > KEEP_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep_for_ever(self) -> None:
+        while True:
+            time.sleep(SWEEP_SECONDS)
+            self.sweep()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve the page until Ctrl-C."""
+    args = parse_args(argv)
+    try:
+        page, launch_options = build_page(args)
+    except MissingPackageError as error:
+        sys.exit(f"app.py: error: {error}")
+    threading.Thread(target=warm_up, args=[args.model], daemon=True).start()
+    page.launch(server_name=args.host, server_port=args.port, **launch_options)
+
+
+def warm_up(model: str | None) -> None:
+    """Import torch and load the page's model while the first visitor looks around; mistakes are reported later."""
+    with suppress(Exception):
+        choose_model(Settings(1, 256, None, "", None), model, serves_others=False)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_space = os.environ.get("SPACE_ID") is not None
+    parser.add_argument("--model", help="folder, repository id, or file of weights of RAFT that the page starts with; "
+                        f"default: the shipped {PRETRAINED}")  # fmt: skip
+    parser.add_argument("--host", default="0.0.0.0" if on_space else "127.0.0.1", help="address to serve at; "
+                        "0.0.0.0 serves other machines, too (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--max_frames", type=int, default=MAX_VIDEO_FRAMES, help="of a video (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.max_frames < 2:
+        parser.error(f"--max_frames must be at least 2; got {args.max_frames}")
+    return args
+
+
+# ---- What visitors may give, and what they are told ----
+
+
+@functools.lru_cache(maxsize=2)
+def load_model(source: str, modified: float) -> "RaftForOpticalFlow":
+    """Load a model once; `modified` is the time of a file, so that a new one of the same name is loaded."""
+    from flow_inference.devices import choose_device
+    from modeling_raft.convert_raft_checkpoint import load_raft
+
+    return load_raft(source).eval().to(choose_device())
+
+
+def choose_model(settings: Settings, default: str | None, serves_others: bool) -> "RaftForOpticalFlow":
+    """Load the model that a visitor has chosen.
+
+    Args:
+        settings: Whose `weights` win over its `model`; neither: the page's own model.
+        default: The page's own model, as `find_model` takes it.
+        serves_others: The page is served to other machines: then visitors name no files of this one.
+
+    Raises:
+        ValueError, OSError: There is no such model, or it is no RAFT.
+    """
+    name = settings.weights or settings.model.strip()
+    if not name:
+        source = find_model(default)
+    elif settings.weights:
+        source = settings.weights
+    else:
+        if (
+            serves_others
+            and name != PRETRAINED
+            and (os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+        ):
+            raise ValueError(f"model must be a repository id, user/name; got {name}")
+        source = find_model(name)
+    modified = os.path.getmtime(source) if os.path.exists(source) else 0.0
+    return load_model(source, modified)
+
+
+def check_picture(path: str, name: str) -> None:
+    """Refuse a picture that is too large, before it is decoded; what is no picture is refused by its decoder."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+    except Exception:  # of many types
+        return
+    if width * height > MAX_FRAME_PIXELS:
+        raise ValueError(
+            f"{name} ({Path(path).name}) must have at most {MAX_FRAME_PIXELS / 1e6:.0f} megapixels; "
+            f"got {width} x {height}"
+        )
+
+
+def explain(error: Exception) -> str:
+    """Return a sentence for the page about an error, in which no folder of the server is named."""
+    from flow_data.out_of_memory import explain_out_of_memory
+
+    message = explain_out_of_memory(error, "the prediction", OUT_OF_MEMORY)
+    if message is None and isinstance(error, FileNotFoundError):
+        message = f"{error}. Uploads and results are deleted after an hour: give the files again."
+    if message is None and isinstance(error, (ValueError, OSError, MissingPackageError)):
+        message = str(error)
+    if message is None:
+        traceback.print_exception(error)
+        message = "An error occurred in the program; the terminal in which it runs has the details."
+    return SERVER_PATH.sub("", message)
+
+
+def note(text: str, kind: str = "") -> str:
+    """A message in the page, which screen readers read at once."""
+    import html
+
+    role = "alert" if kind == "error" else "status"
+    return f'<div class="note {kind}" role="{role}">{html.escape(text)}</div>' if text else ""
+
+
+def reports_errors(num_outputs: int) -> Callable[[Callable], Callable]:
+    """Make a function of an event return a message first: what is wrong, with the other outputs as they were.
+
+    Args:
+        num_outputs: Of the function, without the message. It returns the message and these.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> tuple:
+            import gradio as gr
+
+            from flow_inference.cancellation import CancelledError
+
+            try:
+                return function(*args, **kwargs)
+            except CancelledError:
+                return note("Stopped."), *[gr.skip()] * num_outputs
+            except Exception as error:
+                return note(explain(error), "error"), *[gr.skip()] * num_outputs
+
+        return run
+
+    return decorate
+
+
+# ---- The predictions ----
+
+
+def predict_two_frames(
+    path1: str, path2: str, settings: Settings, model: "RaftForOpticalFlow", backward: bool, folder: Path
+) -> tuple[PairJob, str, "np.ndarray"]:
+    """Predict as predict_flow.py does, and write the images of the page and the files to download.
+
+    Returns:
+        The result, a summary, and the color wheel.
+
+    Raises:
+        ValueError, OSError: A picture cannot be read, or they differ in size.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from flow_data.visualize import draw_scale, longest_vector
+    from flow_inference.outputs import FlowFileWriter
+    from flow_inference.pair_images import draw_views
+    from flow_inference.video import FlowVideo
+
+    start = time.perf_counter()
+    video = FlowVideo(
+        model,
+        [path1, path2],
+        num_flow_updates=settings.num_flow_updates,
+        warm_start=False,
+        backward=backward,
+        max_side=settings.max_side,
+        duplicate_tolerance=None,
+        mixed_precision=settings.mixed_precision,
+    )
+    (pair,) = video
+    seconds = time.perf_counter() - start
+    flow, (height, width) = pair.flow.cpu(), pair.flow.shape[-2:]
+    np.save(folder / "flow.npy", flow.numpy())
+    views = draw_views(pair, SHOWN_SIDE)
+    for name, image in views.items():
+        Image.fromarray(image).save(folder / f"{name}.jpg", quality=90, subsampling=0)
+    notes = []
+    for format, name in PAIR_FORMATS.items():
+        writer = FlowFileWriter(functools.partial(_always, folder / name), format)
+        try:
+            writer.write(pair)
+        except ValueError as error:  # the format can hold none of it
+            notes.append(f"{error}.")
+        if loss := writer.describe_loss():
+            notes.append(f"{name}: {loss}.")
+    lengths = np.hypot(*flow.numpy())
+    summary = (
+        f"**{width} x {height} px, {pair.num_flow_updates} updates, {seconds:.1f} s.** Mean length "
+        f"{lengths.mean():.2f} px, longest {lengths.max():.2f} px."
+    )
+    if pair.cut:
+        notes.append("The frames have little in common, and this flow hardly means anything.")
+    if pair.flat:
+        notes.append("A frame is of one color, so nothing can be matched and the flow means nothing.")
+    if video.mapped_range is not None:
+        notes.append("Intensities {:g} to {:g} of the frames were mapped to 0 to 255.".format(*video.mapped_range))
+    return PairJob(folder, (height, width), list(views)), " ".join([summary, *notes]), draw_scale(longest_vector(flow))
+
+
+def _always(path: Path, index: int) -> Path:
+    return path
+
+
+def pixel_at(job: PairJob, x: float, y: float) -> tuple[str, "np.ndarray", "np.ndarray"]:
+    """Describe the flow of a pixel, and mark it in frame 1 and its place in frame 2.
+
+    Raises:
+        ValueError: There is no such pixel.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from flow_inference.pair_images import mark_pixel
+
+    height, width = job.size
+    if x is None or y is None or not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"pixel must be within 0 to {width - 1} and 0 to {height - 1}; got {x}, {y}")
+    x, y = int(x), int(y)
+    u, v = (float(value) for value in np.load(job.folder / "flow.npy", mmap_mode="r")[:, y, x])
+    leaves = "" if -0.5 <= x + u < width - 0.5 and -0.5 <= y + v < height - 0.5 else ", outside of the frame"
+    text = (
+        f"Pixel ({x}, {y}): flow (u, v) = ({u:+.2f}, {v:+.2f}) px, length {np.hypot(u, v):.2f} px; "
+        f"in frame 2 at ({x + u:.2f}, {y + v:.2f}){leaves}."
+    )
+    frames = [np.asarray(Image.open(job.folder / f"frame{number}.jpg")) for number in (1, 2)]
+    return text, mark_pixel(frames[0], x, y, job.size), mark_pixel(frames[1], x + u, y + v, job.size)
+
+
+def python_code(path1: str, path2: str, settings: Settings, backward: bool) -> str:
+    """The Python code that predicts the same."""
+    names = ", ".join(f'"{Path(path).name}"' for path in (path1, path2))
+    options = [f"num_flow_updates={settings.num_flow_updates}", f"max_side={settings.max_side}"]
+    options += ["backward=True"] if backward else []
+    options += [f'mixed_precision="{settings.mixed_precision}"'] if settings.mixed_precision else []
+    options.append("duplicate_tolerance=None")
+    return (
+        "from flow_inference import FlowVideo, pretrained_path\n"
+        "from modeling_raft.convert_raft_checkpoint import load_raft\n\n"
+        f"model = load_raft({settings.source()})\n"
+        f"(pair,) = FlowVideo(model, [{names}], {', '.join(options)})\n"
+        "flow = pair.flow  # (2, height, width), x to the right, then y down, in pixels\n"
+    )
+
+
+def video_frames(reader: Any, max_frames: int) -> Iterator["np.ndarray"]:
+    """Yield the first frames of a video, those that are too large reduced."""
+    from flow_inference.pair_images import resize_image
+
+    for frame in islice(reader, max_frames):
+        yield resize_image(frame, MAX_VIDEO_SIDE) if max(frame.shape[:2]) > MAX_VIDEO_SIDE else frame
+
+
+def predict_video(
+    path: str,
+    settings: Settings,
+    model: "RaftForOpticalFlow",
+    zip_format: str | None,
+    folder: Path,
+    stop: threading.Event,
+    report: Callable[[int, int | None], None],
+    max_frames: int,
+) -> tuple[str, list[Path], str]:
+    """Predict as predict_flow.py --video does, and write the video of the page and the files to download.
+
+    Args:
+        path: Of the video.
+        settings: As they were chosen.
+        model: What predicts.
+        zip_format: Of a file of flow for each pair, as `FORMAT_SUFFIXES` has it; None: none.
+        folder: To write to.
+        stop: Ends the prediction, when it is set, with what there is.
+        report: Called after each pair with their number so far, and the number of all if it is known.
+        max_frames: Frames after these are ignored.
+
+    Returns:
+        The timeline; the video of the page, the video of colors, perhaps the archive, or nothing if it was stopped
+        before the first pair; and what went wrong, or was left out.
+
+    Raises:
+        ValueError, OSError: It is no video, or it has not two frames.
+    """
+    from flow_inference.cancellation import CancelledError, cancellable
+    from flow_inference.outputs import FlowFileWriter, FlowVideoWriter
+    from flow_inference.pair_images import draw_beside
+    from flow_inference.timeline import describe_timeline, draw_timeline, measure_motion
+    from flow_inference.video import FlowVideo
+    from flow_inference.video_files import VideoReader, VideoWriter
+
+    reader = VideoReader(path)
+    total = None if reader.num_frames is None else min(reader.num_frames, max_frames) - 1
+    video = FlowVideo(
+        model,
+        video_frames(reader, max_frames),
+        num_flow_updates=settings.num_flow_updates,
+        max_side=settings.max_side,
+        mixed_precision=settings.mixed_precision,
+    )
+    shown, colors, archive = folder / "frames_and_flow.mp4", folder / "flow.mp4", folder / "flow.zip"
+    files = None
+    if zip_format is not None:
+        suffix = FORMAT_SUFFIXES[zip_format]
+        files = FlowFileWriter(lambda index: folder / f"frame_{index + 1:06d}{suffix}", zip_format)
+    motions, notes = [], []
+    try:
+        with (
+            cancellable(model, stop.is_set),
+            VideoWriter(shown, reader.frame_rate) as both,
+            FlowVideoWriter(colors, reader.frame_rate) as writer,
+            zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed,
+        ):
+            for pair in video:
+                writer.write(pair)
+                both.write(draw_beside(pair.frame1, pair.flow, writer.scale))
+                if files is not None:
+                    files.write(pair)
+                    (written,) = files.paths(pair.index)
+                    packed.write(written, written.name)
+                    written.unlink()
+                motions.append(measure_motion(pair))
+                report(len(motions), total)
+                if stop.is_set():
+                    raise CancelledError
+    except CancelledError:
+        notes.append(f"Stopped after {len(motions)} of {total or 'an unknown number of'} pairs.")
+    except (ValueError, OSError) as error:  # damage in the middle of a video, or two sizes
+        if not motions:
+            raise
+        notes.append(f"{explain(error)}. The result is of the {len(motions)} pairs before.")
+    if not motions:
+        if not notes:
+            raise ValueError(f"{Path(path).name}: flow takes two frames, and there is one")
+        return "", [], " ".join(notes)
+    if not stop.is_set() and len(motions) + 1 == max_frames and (reader.num_frames or max_frames + 1) > max_frames:
+        notes.append(f"This is of the first {max_frames} frames.")
+    if files is not None and (loss := files.describe_loss()):
+        notes.append(f"{loss}.")
+    timeline = f"{draw_timeline(motions, reader.frame_rate)}<p>{describe_timeline(motions, reader.frame_rate)}</p>"
+    return timeline, [shown, colors, *([archive] if files is not None else [])], " ".join(notes)
+
+
+# ---- The page ----
+
+
+def build_page(args: argparse.Namespace) -> tuple["gr.Blocks", dict[str, Any]]:
+    """Build the page.
+
+    Returns:
+        The page, and the options to launch it with.
+
+    Raises:
+        MissingPackageError: The extra `demo` is not installed.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: else it calls its makers
+    with needs_extra("demo"):
+        import gradio as gr
+    with needs_extra("video"):
+        import av  # noqa: F401  # what is missing is to be known now, not when a visitor comes
+        import cv2  # noqa: F401
+
+    workspace, private = Workspace(), {"api_visibility": "private"}
+    job_options: dict[str, Any] = {"concurrency_id": "prediction", "concurrency_limit": 1, **private}
+    with gr.Blocks(title="Optical flow with RAFT", delete_cache=(SWEEP_SECONDS, KEEP_SECONDS)) as page:
+        gr.Markdown(
+            "# Optical flow\nFor every pixel of one frame, where it goes in the next. "
+            "Uploads and results are deleted after an hour."
+        )
+        with gr.Tab("Two frames"):
+            pair_tab(gr, args, workspace, job_options)
+        with gr.Tab("Video"):
+            video_tab(gr, args, workspace, job_options)
+
+        def leave(request: gr.Request) -> None:
+            workspace.forget(request.session_hash)
+
+        page.unload(leave)
+    page.queue(max_size=MAX_WAITING)
+    plain = ["ui-sans-serif", "system-ui", "sans-serif"], ["ui-monospace", "Consolas", "monospace"]
+    options = {
+        "max_file_size": MAX_UPLOAD,
+        "theme": gr.themes.Default(primary_hue="blue", font=plain[0], font_mono=plain[1]),  # no fonts of the web
+        "css": STYLE,
+        "js": ALTERNATIVE_TEXTS,
+        "allowed_paths": [str(workspace.root), str(examples_folder())],
+        "footer_links": ["settings"],
+        "share": False,
+        "ssr_mode": False,
+        "show_error": False,
+    }
+    return page, options
+
+
+def examples_folder() -> Path:
+    """The folder of the examples: of a checkout, or of a Space, which has them beside this file."""
+    here = Path(__file__).resolve().parent
+    return next(path for path in (here / "space" / "examples", here / "examples") if path.is_dir())
+
+
+def settings_of(gr: Any, name: str, default_side: int) -> list[Any]:
+    """Add the components of `Settings`, in its order."""
+    with gr.Accordion("Settings", open=False):
+        with gr.Row():
+            updates = gr.Slider(1, 32, value=12, step=1, label="Updates", info="More are slower, and mostly better.")
+            side = gr.Slider(
+                256,
+                1536,
+                value=default_side,
+                step=64,
+                label="Longest side",
+                info="Flow is estimated on frames reduced to this, px.",
+            )
+            precision = gr.Dropdown(
+                [("automatic", ""), ("float32", "no"), ("bfloat16", "bf16")], value="", label="Precision"
+            )
+        with gr.Row():
+            model = gr.Textbox(
+                label="Model",
+                placeholder="shipped weights",
+                info="A repository id, user/name; or a folder, where the page runs on your machine.",
+            )
+            weights = gr.File(label="or a file of weights of RAFT", height=120, elem_id=f"{name}_weights")
+    return [updates, side, precision, model, weights]
+
+
+def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_options: dict[str, Any]) -> None:
+    """Add the tab of two frames."""
+    private = {"api_visibility": "private"}
+    with gr.Row():
+        file1 = gr.File(label="Frame 1", height=120, min_width=140, elem_id="file1")
+        file2 = gr.File(label="Frame 2", height=120, min_width=140, elem_id="file2")
+    with gr.Row(visible=False) as previews:
+        preview1 = gr.Image(label="Frame 1", interactive=False, buttons=[], min_width=140, elem_id="preview1")
+        preview2 = gr.Image(label="Frame 2", interactive=False, buttons=[], min_width=140, elem_id="preview2")
+    pairs = sorted(examples_folder().glob("*_1.*"))
+    examples = gr.Dataset(
+        components=[gr.Image(render=False)],
+        samples=[[str(path)] for path in pairs],
+        label="Examples",
+        type="index",
+        elem_id="examples",
+    )
+    settings = settings_of(gr, "pair", default_side=768)
+    backward = gr.Checkbox(True, label="Occlusion and forward-backward error", info="Takes twice the time.")
+    compute = gr.Button("Compute flow", variant="primary", elem_id="compute")
+    message = gr.HTML(elem_id="pair_message", min_height=0)
+    job = gr.State()
+    with gr.Column(visible=False) as result:
+        summary = gr.Markdown(elem_id="summary")
+        view = gr.Radio(list(VIEWS), value="Flow", label="Beside frame 1", elem_id="view")
+        with gr.Row():
+            slider = gr.ImageSlider(
+                show_label=False, interactive=False, buttons=["fullscreen"], scale=4, min_width=320, elem_id="slider"
+            )
+            with gr.Column(scale=1, min_width=200):
+                scale = gr.Image(
+                    label="Color wheel: direction and length of flow in pixels",
+                    show_label=False,
+                    interactive=False,
+                    buttons=[],
+                    elem_id="scale",
+                )
+                caption = gr.Markdown(VIEWS["Flow"][1], elem_id="caption")
+        gr.Markdown("### A pixel\nClick on frame 1, or type a pixel.")
+        with gr.Row():
+            x = gr.Number(label="x", precision=0, minimum=0, min_width=120, elem_id="x")
+            y = gr.Number(label="y", precision=0, minimum=0, min_width=120, elem_id="y")
+        pixel_text = gr.Markdown(elem_id="pixel_text")
+        with gr.Row():
+            marked1 = gr.Image(label="Frame 1: click a pixel", interactive=False, buttons=[], elem_id="marked1")
+            marked2 = gr.Image(label="Frame 2: its place", interactive=False, buttons=[], elem_id="marked2")
+        gr.Markdown("### Downloads")
+        with gr.Row():
+            names = {"flo": ".flo", "npz": ".npz", "kitti": "KITTI PNG", "color": "Color PNG"}
+            downloads = [
+                gr.DownloadButton(names[format], min_width=140, elem_id=f"get_{format}") for format in PAIR_FORMATS
+            ]
+        with gr.Accordion("The same in Python", open=False):
+            code = gr.Code(language="python", show_label=False, interactive=False, elem_id="code")
+
+    @reports_errors(3)
+    def show_files(path1: str | None, path2: str | None) -> tuple:
+        from flow_inference.frame_sources import read_frames
+
+        paths = {"frame 1": path1, "frame 2": path2}
+        for name, path in paths.items():
+            if path is not None:
+                check_picture(path, name)
+        given = [path for path in paths.values() if path is not None]
+        images = iter(read_frames(given))
+        shown = [None if path is None else next(images) for path in paths.values()]
+        return "", gr.Row(visible=bool(given)), *[image if image is None else shrink(image) for image in shown]
+
+    def shrink(image: "np.ndarray") -> "np.ndarray":
+        from flow_inference.pair_images import resize_image
+
+        return resize_image(image, min(SHOWN_SIDE // 2, max(image.shape[:2])))
+
+    @reports_errors(11 + len(PAIR_FORMATS))
+    def run(request: gr.Request, path1: str | None, path2: str | None, backward: bool, *chosen: Any) -> tuple:
+        from flow_inference.cancellation import cancellable
+
+        if path1 is None or path2 is None:
+            raise ValueError("Give two frames: drop a picture on each field, or click an example.")
+        for path, name in ((path1, "frame 1"), (path2, "frame 2")):
+            check_picture(path, name)
+        settings = make_settings(chosen)
+        with workspace.lock:
+            model = choose_model(settings, args.model, args.host not in LOOPBACK)
+            stop = workspace.stop_event(request.session_hash)
+            stop.clear()
+            folder = workspace.new_folder()
+            with cancellable(model, stop.is_set):
+                done, text, wheel = predict_two_frames(path1, path2, settings, model, backward, folder)
+        choices = [name for name, (key, _) in VIEWS.items() if key in done.views]
+        files = [folder / name for name in PAIR_FORMATS.values()]
+        return (
+            "",
+            gr.Column(visible=True),
+            done,
+            text,
+            gr.Radio(choices, value="Flow"),
+            (image_path(done, "frame1"), image_path(done, "flow")),
+            VIEWS["Flow"][1],
+            wheel,
+            image_path(done, "frame1"),
+            image_path(done, "frame2"),
+            "",
+            python_code(path1, path2, settings, backward),
+            *[gr.DownloadButton(value=str(path), interactive=path.is_file()) for path in files],
+        )
+
+    def show_view(done: PairJob, name: str) -> tuple:
+        key, explanation = VIEWS[name]
+        return (image_path(done, "frame1"), image_path(done, key)), explanation
+
+    @reports_errors(3)
+    def show_pixel(done: PairJob, x: float, y: float) -> tuple:
+        return "", *pixel_at(done, x, y)
+
+    def pixel_of_click(done: PairJob, event: gr.SelectData) -> tuple[int, int]:
+        """The pixel of the frame under a click on its image, which has another size."""
+        height, width = done.size
+        ratio = max(height, width) / SHOWN_SIDE
+        return min(int(event.index[0] * ratio), width - 1), min(int(event.index[1] * ratio), height - 1)
+
+    def load_example(index: int) -> tuple[str, str]:
+        first = str(pairs[index])
+        return first, first.replace("_1.", "_2.")
+
+    result_outputs = [
+        *(message, result, job, summary, view, slider, caption, scale, marked1, marked2, pixel_text, code),
+        *downloads,
+    ]
+    inputs = [file1, file2, backward, *settings]
+    run_options = {"inputs": inputs, "outputs": result_outputs, "show_progress_on": [message], **job_options}
+    for file in (file1, file2):
+        file.change(
+            show_files, [file1, file2], [message, previews, preview1, preview2], show_progress="hidden", **private
+        )
+    compute.click(run, **run_options)
+    examples.click(load_example, examples, [file1, file2], **private).then(run, **run_options)
+    view.change(show_view, [job, view], [slider, caption], show_progress="hidden", **private)
+    pixel_outputs = [message, pixel_text, marked1, marked2]
+    for number in (x, y):
+        number.submit(show_pixel, [job, x, y], pixel_outputs, show_progress="hidden", **private)
+    marked1.select(pixel_of_click, job, [x, y], show_progress="hidden", **private).then(
+        show_pixel, [job, x, y], pixel_outputs, show_progress="hidden", **private
+    )
+
+
+def make_settings(chosen: Sequence[Any]) -> Settings:
+    """Make the settings of the values of their components."""
+    updates, side, precision, model, weights = chosen
+    return Settings(int(updates), int(side), precision or None, model or "", weights)
+
+
+def image_path(job: PairJob, name: str) -> str:
+    return str(job.folder / f"{name}.jpg")
+
+
+def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_options: dict[str, Any]) -> None:
+    """Add the tab of a video."""
+    private = {"api_visibility": "private"}
+    gr.Markdown(
+        f"The first {args.max_frames} frames are used, reduced to {MAX_VIDEO_SIDE} px where they are larger. Files of "
+        f"up to {MAX_UPLOAD.upper()}."
+    )
+    film = gr.Video(label="Video", sources=["upload", "webcam"], elem_id="film", buttons=[])
+    clips = sorted(examples_folder().glob("*.mp4"))
+    examples = gr.Dataset(
+        components=[gr.Video(render=False)],
+        samples=[[str(path)] for path in clips],
+        label="Examples",
+        type="index",
+        elem_id="clips",
+    )
+    settings = settings_of(gr, "video", default_side=512)
+    archive_format = gr.Radio(
+        list(ZIP_FORMATS), value=".flo", label="Files of flow", info="Of every pair of frames, in one zip file."
+    )
+    with gr.Row():
+        compute = gr.Button("Compute flow", variant="primary", elem_id="compute_video")
+        stop = gr.Button("Stop", variant="stop", elem_id="stop")
+    message = gr.HTML(elem_id="video_message", min_height=0)
+    with gr.Column(visible=False) as result:
+        shown = gr.Video(
+            label="Frames and flow", interactive=False, autoplay=True, loop=True, elem_id="shown", buttons=[]
+        )
+        timeline = gr.HTML(elem_id="timeline")
+        gr.Markdown("### Downloads")
+        with gr.Row():
+            downloads = [
+                gr.DownloadButton(label, elem_id=name)
+                for label, name in (("Frames and flow, .mp4", "get_shown"), ("Flow, .mp4", "get_colors"),
+                                    ("Flow of every pair, .zip", "get_zip"))
+            ]  # fmt: skip
+
+    def start(request: gr.Request) -> str:
+        workspace.stop_event(request.session_hash).clear()
+        return note("In the queue.")
+
+    @reports_errors(6)
+    def run(request: gr.Request, progress: Any = gr.Progress(), *values: Any) -> tuple:  # noqa: B008  # Gradio's way
+        path, zip_format, *chosen = values
+        if path is None:
+            raise ValueError("Give a video: drop one on the field, record one, or click the example.")
+        stop_event = workspace.stop_event(request.session_hash)
+
+        def report(done: int, total: int | None) -> None:
+            progress((done, total), desc=f"Pair {done} of {total or '?'}", unit="pairs")
+
+        settings = make_settings(chosen)
+        progress(0, desc="Loading the model")
+        with workspace.lock:
+            model = choose_model(settings, args.model, args.host not in LOOPBACK)
+            folder = workspace.new_folder()
+            drawing, files, text = predict_video(
+                path, settings, model, ZIP_FORMATS[zip_format], folder, stop_event, report, args.max_frames
+            )
+        if not files:
+            return note(text), *[gr.skip()] * 6
+        paths = [*map(str, files), *[None] * (3 - len(files))]
+        return (
+            note(text),
+            gr.Column(visible=True),
+            paths[0],
+            drawing,
+            *[gr.DownloadButton(value=path, interactive=path is not None) for path in paths],
+        )
+
+    def request_stop(request: gr.Request) -> str:
+        workspace.stop_event(request.session_hash).set()
+        return note("Stopping.")
+
+    outputs = [message, result, shown, timeline, *downloads]
+    run_options = {
+        "inputs": [film, archive_format, *settings],
+        "outputs": outputs,
+        "show_progress_on": [message],
+        **job_options,
+    }
+    compute.click(start, None, message, queue=False, show_progress="hidden", **private).then(run, **run_options)
+    stop.click(request_stop, None, message, queue=False, show_progress="hidden", **private)
+    examples.click(lambda index: str(clips[index]), examples, film, **private)
+
+
+if __name__ == "__main__":
+    main()
