@@ -4,7 +4,9 @@ python -m flow_data.publish sintel_clean --data_dir datasets/Sintel --repo_id us
 
 Columns: `id`; `image1`, `image2` (images); `flow` and `valid`, structs of `bytes`, a whole file, and `path`, its
 name, whose suffix is the format. `flow` is the owners' file, `valid` a PNG, or null where the flow file has the mask.
-One row is one row group, so that a row can be fetched on its own.
+`flow_color` is a small image of the flow in colors, for people who look at the rows: no reader of samples uses it. It
+is the last column, so that what readers want stays in one piece. One row is one row group, so that a row can be
+fetched on its own.
 """
 
 import argparse
@@ -19,9 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import Dataset, Features, Image, Value
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 from tqdm.auto import tqdm
@@ -32,11 +36,16 @@ from flow_data.features import OpticalFlow, to_sample
 from flow_data.flow_io import encode_flow
 from flow_data.formats.masks import encode_mask
 from flow_data.sample import FlowSample
+from flow_data.visualize import draw_flow
 
 STORED_FILE = {"bytes": Value("binary"), "path": Value("string")}
 PUBLISHED_FEATURES = Features(
-    {"id": Value("string"), "image1": Image(), "image2": Image(), "flow": STORED_FILE, "valid": STORED_FILE}
+    {
+        **{"id": Value("string"), "image1": Image(), "image2": Image(), "flow": STORED_FILE, "valid": STORED_FILE},
+        "flow_color": Image(),
+    }
 )
+COLOR_SIDE, COLOR_QUALITY = 320, 90  # longer side in pixels, and quality of the JPEG: some 10 kB
 FILE_COLUMNS = ("image1", "image2", "flow", "valid")
 HUB_SPLITS = {"training": "train", "validation": "validation", "test": "test", "testing": "test", "all": "train"}
 SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}\.parquet")
@@ -56,6 +65,7 @@ Optical flow: {counts}. Published from the files of {origin} by `python -m flow_
 | `image1`, `image2` | the two frames |
 | `flow` | `bytes` and `path` of a flow file ({formats}): from `image1` to `image2`, (x right, y down) in pixels |
 | `valid` | `bytes` and `path` of a PNG, not 0 where the flow is known; null where the flow file has the mask |
+| `flow_color` | the flow in colors, to look at: hue is the direction, saturation the length, unknown is white |
 
 ```python
 from datasets import load_dataset
@@ -282,6 +292,7 @@ def published_rows(dataset: Dataset, indices: range) -> Iterator[dict[str, Any]]
             "image2": _image_file(row["image2"], f"{name}_img2"),
             "flow": _flow(row["flow"], dataset.features.get("flow"), sample, name),
             "valid": None if mask is None else {"bytes": encode_mask(mask), "path": f"{name}_valid.png"},
+            "flow_color": _color_image(sample, f"{name}_flow"),
         }
 
 
@@ -318,6 +329,16 @@ def _image_file(value: PIL.Image.Image | Mapping[str, Any], name: str) -> dict[s
     buffer = io.BytesIO()
     value.save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": f"{name}.png"}
+
+
+def _color_image(sample: FlowSample, name: str) -> dict[str, Any]:
+    """A small JPEG of the flow of a sample in colors."""
+    flow = torch.from_numpy(np.where(sample.valid[..., None], sample.flow, np.nan)).permute(2, 0, 1)
+    image = PIL.Image.fromarray(draw_flow(flow))
+    image.thumbnail((COLOR_SIDE, COLOR_SIDE), PIL.Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=COLOR_QUALITY, subsampling=0)
+    return {"bytes": buffer.getvalue(), "path": f"{name}.jpg"}
 
 
 def _flow(value: Mapping[str, Any], feature: OpticalFlow | None, sample: FlowSample, name: str) -> dict[str, Any]:

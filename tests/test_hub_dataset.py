@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,15 +14,17 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hub_server import Hub
 from tiny_run import CPU, PROJECT, TINY_MODEL, free_port
 
 from flow_data import hub as module
 from flow_data.datasets import is_sparse, load_source
 from flow_data.features import to_sample
-from flow_data.flow_io import write_flow
+from flow_data.flow_io import decode_flow, write_flow
 from flow_data.hub import ParquetRows, flow_is_sparse, load_hub_dataset
 from flow_data.publish import plan_shards, publish_to_folder
+from flow_data.visualize import draw_flow, mask_invalid
 from flow_training.run_log import read_log
 
 SIZE = 72, 88  # h, w
@@ -116,7 +119,17 @@ def test_anyone_can_read_what_is_published(published, root):
     assert [row["valid"] is not None for row in rows] == [True] + [False] * (NUM_PAIRS - 1)
     mask = np.array(PIL.Image.open(io.BytesIO(rows[0]["valid"]["bytes"])))
     np.testing.assert_array_equal(mask > 0, np.arange(SIZE[1])[None].repeat(SIZE[0], 0) >= 10)
+    for row in rows:
+        flow, valid = decode_flow(row["flow"]["bytes"], row["flow"]["path"])
+        if row["valid"] is not None:
+            valid &= mask > 0
+        color = np.array(PIL.Image.open(io.BytesIO(row["flow_color"]["bytes"]))).astype(int)
+        known = torch.from_numpy(np.where(valid[..., None], flow, 0)).permute(2, 0, 1)
+        expected = mask_invalid(draw_flow(known), valid)
+        assert color.shape == (*SIZE, 3) and np.abs(color - expected).mean() < 12  # a JPEG of noise
+        assert np.abs(color - 255).mean() > 20 and row["flow_color"]["path"] == f"{row['id']}_flow.jpg"
     schema = pq.read_schema(io.BytesIO(files[shards[0]]))
+    assert json.loads(schema.metadata[b"huggingface"])["info"]["features"]["flow_color"]["_type"] == "Image"
     assert b"OpticalFlow" not in schema.metadata[b"huggingface"]  # else only this package could open it
 
 
@@ -338,7 +351,8 @@ def test_nothing_is_read_but_the_columns_and_by_no_other_thread(folder, tmp_path
     assert readers == {threading.get_ident()}
     group = pq.read_metadata(tmp_path / "train.parquet").row_group(0)
     chunks = [group.column(index) for index in range(group.num_columns)]
-    needed = sum(chunk.total_compressed_size for chunk in chunks if "other" not in chunk.path_in_schema)
+    unread = re.compile(r"other|flow_color")  # the latter is for people
+    needed = sum(chunk.total_compressed_size for chunk in chunks if not unread.match(chunk.path_in_schema))
     assert sum(map(len, taken[:2])) == needed  # two parts, around the middle one
     assert needed < sum(chunk.total_compressed_size for chunk in chunks) - 140_000
 
