@@ -130,6 +130,8 @@ class TrainingConfig:
     logging_steps: int = option(100, "A line in train_log.jsonl every so many steps.", count(1), changeable=True)
     report_to: list[str] = option(["tensorboard"], "Where else metrics go: trackers of accelerate by name, or none.",
                                   changeable=True)
+    tracker_project_name: str = option("raft", "Project of trackers that have projects: all but TensorBoard.",
+                                       changeable=True)
     validation_sets: list[str] = option([], "SOURCE or SOURCE:SPLIT, each by its published protocol; nothing: none.",
                                         changeable=True)
     validation_steps: int = option(5000, "Validate every so many steps, and at the end.", count(1), changeable=True)

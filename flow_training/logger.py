@@ -276,22 +276,40 @@ class MetricLogger:
 
     @property
     def takes_images(self) -> bool:
-        """Whether `log_images` shows them anywhere: on the main process, with TensorBoard."""
-        trackers = [tracker.name for tracker in self.accelerator.trackers]
-        return self.accelerator.is_main_process and "tensorboard" in trackers
+        """Whether `log_images` shows them anywhere: on the main process, with a tracker that takes images."""
+        return self.accelerator.is_main_process and any(map(_takes_images, self.accelerator.trackers))
 
     def log_images(self, images: dict[str, np.ndarray]) -> None:
-        """Log images of this step to TensorBoard: name -> `(H, W, 3)` uint8."""
-        writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-        for name, image in images.items():
-            writer.add_image(name, image, self.progress.step, dataformats="HWC")
+        """Log images of this step to every tracker that takes images: name -> `(H, W, 3)` uint8."""
+        for tracker in filter(_takes_images, self.accelerator.trackers):
+            if tracker.name == "tensorboard":
+                batches = {name: image[None] for name, image in images.items()}
+                tracker.log_images(batches, step=self.progress.step, dataformats="NHWC")
+            elif tracker.name == "trackio":
+                import trackio
+
+                tracker.log({name: trackio.Image(image) for name, image in images.items()}, step=self.progress.step)
+            elif tracker.name in ("aim", "clearml"):  # one image for each name
+                tracker.log_images(images, step=self.progress.step)
+            else:  # wandb, swanlab and others: a list of images for each name
+                tracker.log_images({name: [image] for name, image in images.items()}, step=self.progress.step)
+
+
+def _takes_images(tracker: Any) -> bool:
+    """Whether a tracker takes images: by accelerate's method, which Trackio's does without."""
+    return hasattr(tracker, "log_images") or tracker.name == "trackio"
 
 
 def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Open the trackers that metrics are sent to, and give them the settings of the run."""
-    names = [str(name) for name in accelerator.log_with]
-    # The name is a folder to TensorBoard, and a project to services.
-    accelerator.init_trackers("logs" if "tensorboard" in names else "raft")
+    # accelerate has one name for all of them, and to TensorBoard it is a folder.
+    wanted, started = accelerator.log_with, []
+    for project, is_folder in (("logs", True), (config.tracker_project_name, False)):
+        accelerator.log_with = [name for name in wanted if (str(name) == "tensorboard") == is_folder]
+        accelerator.trackers = []  # it starts all that are in it
+        accelerator.init_trackers(project)
+        started += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = wanted, started
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":  # it takes only numbers, and makes a separate run of them
             tracker.store_init_configuration(config.to_dict())
