@@ -804,9 +804,8 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
             *[gr.DownloadButton(value=path, interactive=path is not None) for path in paths],
         )
 
-    def request_stop(request: gr.Request) -> str:
+    def request_stop(request: gr.Request) -> None:  # the message comes from what is stopped
         workspace.stop_event(request.session_hash).set()
-        return note("Stopping.")
 
     outputs = [message, result, shown, timeline, *downloads]
     run_options = {
@@ -816,7 +815,7 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
         **job_options,
     }
     compute.click(start, None, message, queue=False, show_progress="hidden", **private).then(run, **run_options)
-    stop.click(request_stop, None, message, queue=False, show_progress="hidden", **private)
+    stop.click(request_stop, queue=False, show_progress="hidden", **private)
     examples.click(lambda index: str(clips[index]), examples, film, **private)
 
 

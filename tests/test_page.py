@@ -323,10 +323,10 @@ def test_wrong_video(visit, files):
 def test_two_visitors(visit, files):
     """Each gets the result of the own frames, one after the other, while the second sees the queue."""
     first, second = visit(), visit()
+    give_frames(second, files / "second.png", files / "first.png")
     open_video(first, files / "long.mp4")
     first.locator("#compute_video").click()
     first.wait_for_selector("#video_message >> text=/Pair [1-9]/")
-    give_frames(second, files / "second.png", files / "first.png")
     second.locator("#compute").click()
     second.wait_for_selector("#pair_message >> text=/queue: 1/")
     first.locator("#stop").click()
