@@ -4,6 +4,7 @@ import copy
 import json
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,10 +12,13 @@ from accelerate import Accelerator
 
 from benchmarks import (
     bench_accuracy,
+    bench_collection,
+    bench_confidence,
     bench_data,
     bench_inference,
     bench_on_demand,
     bench_scaling,
+    bench_tolerance,
     cost,
     release_weights,
     report,
@@ -291,6 +295,44 @@ def test_accuracy_of_models_and_classical_methods(tmp_path, capsys):
     for method, metrics in results.items():
         assert f"| {method} | {metrics['epe_per_image']:.2f} |" in table
     assert {"Farneback", "DIS, medium"} < set(results)
+
+
+def test_sparsification_of_known_errors():
+    """Errors 1 to 1000 px: the ideal order leaves the mean of the smaller ones, and the worst one of the larger."""
+    error = np.random.default_rng(0).permutation(np.arange(1.0, 1001))
+    ideal = bench_confidence.summarize([bench_confidence.sparsify(error, error)])
+    assert ideal["ause"] == 0 and ideal["epe"] == 500.5
+    assert ideal["curves"]["ideal"][10] == pytest.approx(250.5 / 500.5)  # half of the pixels dropped
+    worst = bench_confidence.summarize([bench_confidence.sparsify(error, -error)])
+    assert worst["curves"]["by confidence"][10] == pytest.approx(750.5 / 500.5)
+    assert worst["ause"] > worst["ause_random"] == pytest.approx(0.95**2 / 2, abs=1e-3)
+    unsure = np.where(error > 900, np.inf, 0)  # infinite where flow leaves the frame: dropped first
+    assert bench_confidence.sparsify(error, unsure)["by confidence"][2] == pytest.approx(450.5)
+
+
+def test_confidence_and_tolerance_of_real_pairs_are_tabled(tmp_path, capsys):
+    write_pairs("flying_chairs", tmp_path, (128, 160), 2)
+    RaftForOpticalFlow(RaftConfig.small()).save_pretrained(tmp_path / "model")
+    common = ["--data_root", str(tmp_path), "--models", str(tmp_path / "model"), "--num_flow_updates", "3"]
+    bench_confidence.main([*common, "--plot", str(tmp_path / "plot.png"), "--output", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())["results"][str(tmp_path / "model")]
+    assert result["pairs"] == 2 and 0 <= result["ause"] and (tmp_path / "plot.png").stat().st_size > 5000
+    bench_tolerance.main([*common, "--output", str(tmp_path / "tolerance.json")])
+    tolerances = json.loads((tmp_path / "tolerance.json").read_text())["results"][str(tmp_path / "model")]
+    assert tolerances["None"]["updates"] == 3 and tolerances["None"]["epe"] == pytest.approx(result["epe"], rel=1e-3)
+    assert "| none | 3.0 |" in capsys.readouterr().out
+
+
+def test_collections_are_compared_by_pairs_a_second():
+    seconds = {"one process": [4.0], "two processes": [2.0], "one by one": [8.0], "torchvision": [10.0]}
+    busy = {"one process": [0.9], "two processes": [0.8, 0.6], "one by one": [], "torchvision": []}
+    table = bench_collection.as_table(seconds, busy, 20).splitlines()
+    assert table[2:] == [
+        "| one process | 5.00 | 2.00 | 2.50 | 90 % |",
+        "| two processes | 10.00 | 4.00 | 5.00 | 70 % |",
+        "| one by one | 2.50 | 1.00 | 1.25 |  |",
+        "| torchvision | 2.00 | 0.80 | 1.00 |  |",
+    ]
 
 
 def test_accuracy_names_a_folder_without_data_sets(tmp_path):
