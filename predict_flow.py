@@ -320,6 +320,7 @@ def load_model(args: argparse.Namespace) -> Any:
 
 def predict_many(args: argparse.Namespace) -> None:
     """Predict the flow of a collection, and print in the first process what was done."""
+    stop = StopRequest()  # before imports that take seconds
     if not args.names_folder and args.output.suffix.lower() in (*FLOW_SUFFIXES, *VIDEO_SUFFIXES):
         raise ValueError(f"--output must be a folder; got {args.output}. For a video of colors, give it with --video")
     from flow_inference.collection import CollectionOptions, predict_collection
@@ -331,7 +332,6 @@ def predict_many(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
     options = CollectionOptions(**given)
-    stop = StopRequest()
     report = predict_collection(
         load_model(args),
         args.inputs,

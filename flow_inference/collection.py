@@ -38,6 +38,7 @@ from modeling_raft.frames_raft import FrameConverter
 READ_AHEAD, WRITE_BEHIND = 6, 6  # frames, pairs
 OVERLAP = 8  # pairs before a piece, from which warm start, scene cuts and duplicates are taken up
 AUTO_BATCH_SIZE = 16  # halved whenever memory runs out
+PATIENCE = 10.0  # seconds in which other processes of a launch write how far they came, once there is no more to do
 WAIT = 1.0  # seconds between two looks at what other processes compute
 _calls = itertools.count()
 FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of the output's disk, which no other source would escape
@@ -109,7 +110,7 @@ class CollectionReport:
         done: Those whose flow is complete.
         skipped: Those of them that were complete before the run.
         failed: Input, output name and reason of each source that cannot be read or written.
-        pairs: Pairs of frames whose flow this run has estimated, in all of its processes.
+        pairs: Pairs of frames of the sources that this run has completed, in all of its processes.
         seconds: Duration of the run.
         stopped: The run was asked to stop, or has stopped at the first failure.
         lost: Share of the pixels, 0 to 1, whose flow the format cannot hold, a mean over the sources of this run.
@@ -298,6 +299,7 @@ class _Run:
             "num_flow_updates": video.num_flow_updates,
             "warm_num_flow_updates": video.warm_num_flow_updates if video.warm_start else None,
             "mixed_precision": video.mixed_precision or "no",
+            "compiled": model.update_block._compiled_call_impl is not None,
             "model": model_name,
             "weights_sha256": weights_checksum(model),
         }
@@ -308,7 +310,7 @@ class _Run:
         self.held: set[str] = set()  # claims of this process
         self.skipping: set[str] = set()  # units whose remaining frames nobody wants
         self.failed_fast = False
-        self.progress: dict[str, Any] = {"rank": self.rank, "pairs": 0, "seconds": 0.0, "busy": 0.0}
+        self.progress: dict[str, Any] = {"rank": self.rank, "pairs": 0, "seconds": 0.0, "busy": 0.0, "ended": False}
 
     def run(self, show_progress: bool) -> CollectionReport:
         started = time.monotonic()
@@ -316,6 +318,9 @@ class _Run:
         skipped = {source.name for source in self.sources if self._is_finished(self._unit_of(source))}
         with self.state.alive(self.progress), _ProgressBar(self, skipped, show_progress and self.rank == 0):
             self._work()
+            self.progress["ended"] = True
+        if self.rank == 0:
+            self.state.wait_for_ends(PATIENCE)
         return self._report(skipped, time.monotonic() - started)
 
     def _work(self) -> None:
@@ -464,8 +469,9 @@ class _Run:
     ) -> None:
         unit = job.unit
         first = max(0, unit.start - OVERLAP)
-        video = FlowVideo(self.model, frames, **self.options.video_settings(self.batch_size))
-        for pair in video:
+        # Intensities have been mapped where the frames were read.
+        settings = self.options.video_settings(self.batch_size) | {"intensity_range": None}
+        for pair in FlowVideo(self.model, frames, **settings):
             index = first + pair.index
             if index >= unit.start:
                 writer.submit(partial(job.write, dataclasses.replace(pair, index=index)))
@@ -601,7 +607,7 @@ class _Run:
     # ---- What is reported ----
 
     def _report(self, skipped: set[str], seconds: float) -> CollectionReport:
-        done, failed, lost = 0, [], []
+        done, pairs, failed, lost = 0, 0, [], []
         for source in self.sources:
             unit = self._unit_of(source)
             record = self.state.record(unit.key)
@@ -611,6 +617,7 @@ class _Run:
                 done += 1
                 if source.name not in skipped:
                     lost.append(record["lost"])
+                    pairs += record["pairs"]
             else:
                 failed.append({name: record[name] for name in ("input", "output", "reason")})
         workers = self.state.workers()
@@ -631,7 +638,7 @@ class _Run:
             done=done,
             skipped=len(skipped),
             failed=failed,
-            pairs=sum(process["pairs"] for process in processes),
+            pairs=pairs,
             seconds=seconds,
             stopped=self._stopping(),
             lost=sum(lost) / len(lost) if lost else 0.0,

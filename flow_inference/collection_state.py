@@ -12,6 +12,7 @@ Nothing but the files passes between processes, so that any number of them may c
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -27,6 +28,7 @@ from flow_data.atomic_write import atomic_write
 FOLDER = ".flow_state"
 MANIFEST = "manifest.jsonl"
 BEAT = 2.0  # seconds between two signs of life
+POLL = 0.1  # seconds
 SILENCE = 60.0  # seconds without one after which a process of another machine is taken for dead
 
 
@@ -143,10 +145,13 @@ class CollectionState:
             return False
 
     def _age(self, path: Path) -> float:
-        """Return the age of a file in seconds by the clock of its file system."""
+        """Return the age of a file in seconds by the clock of its file system; endless where it is gone."""
         own = self.folder / "workers" / f"{self.worker}.json"
         now = own.stat().st_mtime if own.exists() else time.time()
-        return max(now, 0.0) - path.stat().st_mtime
+        try:
+            return now - path.stat().st_mtime
+        except FileNotFoundError:
+            return math.inf
 
     # ---- Workers ----
 
@@ -185,18 +190,28 @@ class CollectionState:
         found = (_read_json(path) for path in sorted((self.folder / "workers").glob("*.json")))
         return [content for content in found if content is not None and content.get("run") == self.run]
 
+    def wait_for_ends(self, patience: float) -> None:
+        """Wait until the living processes of this run on this machine have written their last progress."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            if not any(_has_process(worker) and not worker.get("ended") for worker in self.workers()):
+                return
+            time.sleep(POLL)
+
     def clean(self) -> None:
         """Remove the partial outputs of dead processes, and the signs of life of those of this machine."""
         # Before the workers: a process shows itself first, and makes a partial output then.
         partials = list((self.folder / "partial").iterdir())
         host, living = socket.gethostname(), set()
         for path in (self.folder / "workers").glob("*.json"):
-            content = _read_json(path) or {}
-            if content.get("host") != host or _has_process(content):
-                if content.get("host") == host or self._age(path) < SILENCE:
-                    living.add(path.stem)
-            elif content.get("run") != self.run:
-                path.unlink(missing_ok=True)
+            content = _read_json(path)
+            if content is None:
+                continue  # another process has just removed it
+            if content.get("host") == host and not _has_process(content):
+                if content.get("run") != self.run:
+                    path.unlink(missing_ok=True)
+            elif content.get("host") == host or self._age(path) < SILENCE:
+                living.add(path.stem)
         for path in partials:
             if path.name.partition("@")[0] not in living:
                 _remove(path)

@@ -20,9 +20,9 @@ from test_modeling_raft import tiny_config
 from tiny_run import PROJECT, environment, free_port
 
 import predict_flow
-from flow_data.flow_io import read_confidence, read_flow
-from flow_data.formats.jpeg_flow import read_flow_jpeg
-from flow_data.formats.video_hdf5 import read_flow_hdf5
+from flow_data.flow_io import read_confidence, read_flow, write_compact_flow
+from flow_data.formats.jpeg_flow import read_flow_jpeg, write_flow_jpeg
+from flow_data.formats.video_hdf5 import FlowHdf5Writer, read_flow_hdf5
 from flow_inference import FlowVideo
 from flow_inference.collection import CollectionOptions, predict_collection
 from flow_inference.collection_sources import choose_shard, find_sources, measure, read_list
@@ -278,6 +278,39 @@ def test_formats_are_read_back_within_their_stated_loss(model, inputs, tmp_path,
             finite = np.isfinite(error)
             assert np.array_equal(finite, pair.consistency_error.isfinite().numpy())
             np.testing.assert_allclose(error[finite], pair.consistency_error.numpy()[finite], rtol=1e-3, atol=1e-6)
+
+
+def test_compact_formats_lose_what_is_stated(tmp_path):
+    """On smooth flow of up to 30 px; what a format cannot hold is clipped or unknown, and its share reported."""
+    y, x = np.mgrid[:120, :160].astype(np.float32)
+    flow = np.stack([30 * np.sin(x / 40) * np.cos(y / 50), 10 * np.cos(x / 30) - y / 20], axis=-1)
+    clipped = (np.abs(flow) > 20).any(-1)
+    assert write_flow_jpeg(tmp_path / "flow_x_1.jpg", tmp_path / "flow_y_1.jpg", flow) == pytest.approx(clipped.mean())
+    error = np.abs(read_flow_jpeg(tmp_path / "flow_x_1.jpg") - flow.clip(-20, 20))
+    assert error[~clipped].max() < 0.5 and error.mean() < 0.08
+    assert write_flow_jpeg(tmp_path / "flow_x_1.jpg", tmp_path / "flow_y_1.jpg", flow, bound=40) == 0
+    assert np.abs(read_flow_jpeg(tmp_path / "flow_x_1.jpg", bound=40) - flow).max() < 1
+    assert write_compact_flow(tmp_path / "a.npz", flow) == 0
+    assert np.abs(read_flow(tmp_path / "a.npz")[0] - flow).max() <= 2**-7  # of values between 16 and 32
+    flow[:12] = [70_000, np.nan]
+    assert write_compact_flow(tmp_path / "a.npz", flow) == pytest.approx(0.1)
+    with FlowHdf5Writer(tmp_path / "a.h5") as file:
+        assert file.append({"flow": flow}) == pytest.approx(0.1)
+    for again, valid in (read_flow(tmp_path / "a.npz"), next(read_flow_hdf5(tmp_path / "a.h5"))):
+        assert not valid[:12].any() and valid[12:].all() and np.isfinite(again).all()
+
+
+def test_intensities_are_mapped_once(model, inputs, tmp_path):
+    options = CollectionOptions(**UPDATES, intensity_range=(40, 200))
+    predict_collection(model, [inputs / "frames", inputs / "a/short.mkv"], tmp_path, options)
+    expected = {"frames": ("frames/f8", "frames/f9"), "a/short.mkv": ("short/frame_000001",)}
+    for path, names in expected.items():
+        for pair, name in zip(
+            FlowVideo(model, inputs / path, **UPDATES, intensity_range=(40, 200)), names, strict=False
+        ):
+            assert np.array_equal(read_flow(tmp_path / f"{name}.flo")[0], pair.flow.permute(1, 2, 0).numpy())
+    manifest = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [row["mapped_range"] for row in manifest] == [[40, 200]] * 2
 
 
 def test_an_archive_says_what_it_holds(model, inputs, tmp_path):
