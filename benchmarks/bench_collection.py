@@ -1,6 +1,6 @@
 """Frames a second of a folder of made-up videos: one command for all, beside one command each and a plain loop.
 
-    python -m benchmarks.bench_collection --model raft-small.pth [--videos 12] [--pairs 8] [--output collection.json]
+    python -m benchmarks.bench_collection [--model raft-small.pth] [--videos 12] [--pairs 8] [--output collection.json]
 
 Candidates, each in processes of its own, start-up included, with the same frames, updates and float32 `.flo` files:
 
@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.options import positive, write_json
+from flow_data.shipped_files import PRETRAINED
 
 PROJECT = Path(__file__).resolve().parents[1]
 PLAIN_LOOP = """
@@ -55,7 +56,7 @@ for path in sorted(folder.glob("*.mp4")):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default=PRETRAINED, help=f"(default: {PRETRAINED})")
     parser.add_argument("--videos", type=positive, default=12, help="(default: 12)")
     parser.add_argument("--pairs", type=positive, default=8, help="of each video (default: 8)")
     parser.add_argument("--height", type=positive, default=256, help="pixels, a multiple of 8 (default: 256)")

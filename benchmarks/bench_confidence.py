@@ -121,10 +121,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for (kind, curve), style in zip(result["curves"].items(), ("-", "--", ":"), strict=True):
             axis.plot(100 * DROPPED, 100 * np.asarray(curve), style, label=kind)
-        axis.set(title=f"{Path(name).stem}: AUSE {result['ause']:.3f}", xlabel="pixels dropped, %", ylim=(0, None))
+        axis.set(title=f"{Path(name).stem}: AUSE {result['ause']:.3f}", xlabel="pixels dropped, %", ylim=(0, 125))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("end-point error of the rest, % of all")
-    axes[0][0].legend()
+    axes[0][0].legend(loc="upper center", ncol=3, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
