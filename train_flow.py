@@ -43,7 +43,7 @@ from flow_training.objectives import find_objective
 from flow_training.ops.lock import RunLock
 from flow_training.ops.signals import StopRequest, terminate_with_launcher
 from flow_training.ops.uploads import Uploads
-from flow_training.optimization import ExponentialMovingAverage, make_optimizer, make_schedule
+from flow_training.optimization import ExponentialMovingAverage, count_steps, make_optimizer, make_schedule
 from flow_training.processes import make_accelerator, require_shared_folder, unwrap
 from flow_training.run import (
     PROG,
@@ -120,8 +120,7 @@ def set_up(config: TrainingConfig, resources: ExitStack) -> Run:
         cleanup.pop_all()
 
     accelerator.wait_for_everyone()  # all have checked before anyone writes
-    fused = accelerator.scaler is None
-    optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay, fused)
+    optimizer = make_optimizer(model.parameters(), config.learning_rate, config.weight_decay)
     schedule = make_schedule(optimizer, config.learning_rate, config.max_train_steps)
     ema = None if config.ema_decay is None else ExponentialMovingAverage(model, config.ema_decay, accelerator.device)
     progress = RunProgress(ema)
@@ -208,7 +207,8 @@ def train(run: Run, batches: Iterable[Any]) -> None:
                 run.optimizer.zero_grad()
 
         learning_rate = float(run.schedule.get_last_lr()[0])
-        skipped = accelerator.optimizer_step_was_skipped  # fp16 overflow
+        # fp16 overflow: the schedule has taken as many steps as the optimizer
+        skipped = accelerator.scaler is not None and count_steps(run.optimizer) == run.schedule.last_epoch
         if not skipped:
             run.schedule.step()  # not prepared: a prepared one steps once per *process*
             if progress.ema is not None:

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"finetune_with_trainer.py: error: {error}")
     processor = RaftImageProcessor(min_size=model.config.min_image_size)
-    optimizer = make_optimizer(model.parameters(), args.learning_rate, args.weight_decay, fused=True)
+    optimizer = make_optimizer(model.parameters(), args.learning_rate, args.weight_decay)
     schedule = make_schedule(optimizer, args.learning_rate, args.max_train_steps)
     trainer = Trainer(
         model, training_args, train_dataset=samples, processing_class=processor, optimizers=(optimizer, schedule)

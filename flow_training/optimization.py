@@ -16,17 +16,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from modeling_raft import RaftForOpticalFlow
 
 
-def make_optimizer(
-    parameters: Iterable[Parameter], learning_rate: float, weight_decay: float, fused: bool = False
-) -> AdamW:
-    """AdamW with the original's epsilon.
+def make_optimizer(parameters: Iterable[Parameter], learning_rate: float, weight_decay: float) -> AdamW:
+    """AdamW with the original's epsilon, which updates all parameters in one kernel."""
+    return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8, fused=True)
 
-    Args:
-        parameters, learning_rate, weight_decay: As in torch.
-        fused: Update all parameters in one kernel, which is faster on GPUs. Not for an fp16 loss scaler: it leaves
-            skipping a step to a fused optimizer, and `accelerator.optimizer_step_was_skipped` is never true then.
+
+def count_steps(optimizer: Optimizer) -> int:
+    """How many steps an optimizer has taken; reading it waits for the device.
+
+    An fp16 loss scaler leaves it to the kernel of a fused optimizer to skip a step whose gradients overflow, and
+    `accelerator.optimizer_step_was_skipped` is never true then. The kernel does not count such a step.
     """
-    return AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, eps=1e-8, fused=fused)
+    return next((int(state["step"]) for state in optimizer.state.values()), 0)
 
 
 def make_schedule(optimizer: Optimizer, learning_rate: float, max_train_steps: int) -> OneCycleLR:

@@ -1,6 +1,7 @@
 """bf16 and fp16 around the model, with torch's own autocast and scaler on the CPU, and inside a real run."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -262,8 +263,8 @@ def test_bf16_learns_a_pair_as_float32_does(tmp_path):
 class WatchedScaler(torch.amp.GradScaler):
     """torch's scaler; notes what each step did to the weights: (scale, learning rate, changed)."""
 
-    def __init__(self, init_scale: float):
-        super().__init__("cpu", init_scale=init_scale, growth_interval=4)
+    def __init__(self, init_scale: float, device: str = "cpu"):
+        super().__init__(device, init_scale=init_scale, growth_interval=4)
         self.steps: list[tuple[float, float, bool]] = []
 
     def step(self, optimizer, *args, **kwargs):
@@ -273,6 +274,16 @@ class WatchedScaler(torch.amp.GradScaler):
         changed = not all(map(torch.equal, before, group["params"]))
         self.steps.append((self.get_scale(), group["lr"], changed))
         return result
+
+
+def expected_scales(changed: Sequence[bool]) -> list[float]:
+    """The scale that each step is taken with: it halves with every overflow, and doubles after 4 steps without."""
+    scales, good = [2.0**24], 0
+    for taken in changed:
+        good = good + 1 if taken else 0
+        scales.append(scales[-1] / 2 if not taken else 2 * scales[-1] if good == 4 else scales[-1])
+        good %= 4
+    return scales[:-1]
 
 
 @pytest.fixture
@@ -310,13 +321,7 @@ def test_a_run_skips_steps_that_overflow_in_float16(run_in_float16, tmp_path):
     assert first >= 2 and not all(changed[first:]) and changed.count(True) > 10, scaler.steps
     print(f"{changed.count(False)} of {num_steps} steps skipped, scale {scales[first]:.0f} at the first that was not")
 
-    # The scale halves with every overflow, and doubles after 4 steps without.
-    expected, good = 2.0**24, 0
-    for scale, taken in zip(scales, changed, strict=True):
-        assert scale == expected
-        good = good + 1 if taken else 0
-        expected = expected / 2 if not taken else 2 * expected if good == 4 else expected
-        good %= 4
+    assert list(scales) == expected_scales(changed)
 
     # A skipped step does not advance the schedule: steps that are taken see all its rates, in order.
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3e-4)

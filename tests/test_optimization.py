@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flow_training.optimization import make_optimizer, make_schedule
+from flow_training.optimization import count_steps, make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize("max_train_steps", [20, 900, 5000])
@@ -26,16 +26,22 @@ def test_schedule_is_the_published_one(max_train_steps):
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)  # not cycled
 
 
-def test_a_fused_optimizer_takes_the_same_steps():
+def test_the_fused_optimizer_is_adamw_and_counts_no_step_that_overflows():
+    """As a loss scaler marks it: the kernel then leaves weights, moments and count as they are."""
     torch.manual_seed(0)
     start, gradients = torch.randn(50, dtype=torch.float64), torch.randn(5, 50, dtype=torch.float64)
-    results = []
-    for fused in (False, True):
-        parameter = torch.nn.Parameter(start.clone())
-        optimizer = make_optimizer([parameter], learning_rate=1e-2, weight_decay=1e-2, fused=fused)
-        assert optimizer.param_groups[0]["fused"] is fused
-        for gradient in gradients:
-            parameter.grad = gradient.clone()
-            optimizer.step()
-        results.append(parameter.detach())
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)
+    parameters = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    fused = make_optimizer(parameters[:1], learning_rate=1e-2, weight_decay=1e-2)
+    plain = torch.optim.AdamW(parameters[1:], lr=1e-2, weight_decay=1e-2, eps=1e-8, fused=False)
+    assert fused.param_groups[0]["fused"] and count_steps(fused) == 0
+    taken = 0
+    for gradient, overflows in zip(gradients, (1.0, 0.0, 1.0, 0.0, 0.0), strict=True):
+        parameters[0].grad = gradient.clone()
+        fused.found_inf, fused.grad_scale = torch.tensor(overflows), None
+        fused.step()
+        if not overflows:
+            parameters[1].grad = gradient.clone()
+            plain.step()
+            taken += 1
+        assert count_steps(fused) == taken
+        torch.testing.assert_close(*parameters, rtol=1e-12, atol=0)
