@@ -37,7 +37,7 @@ from flow_training.data import (
 )
 from flow_training.evaluation import evaluate_sets
 from flow_training.logger import MAX_STEPS_WITHOUT_PIXELS, MetricLogger, NothingLearnedError, start_trackers
-from flow_training.model import batch_norm_batch, make_model, model_size
+from flow_training.model import batch_norm_batch, compile_training, make_model, model_size
 from flow_training.model_card import read_lineage, write_run
 from flow_training.objectives import find_objective
 from flow_training.ops.lock import RunLock
@@ -124,6 +124,8 @@ def set_up(config: TrainingConfig, resources: ExitStack) -> Run:
     schedule = make_schedule(optimizer, config.learning_rate, config.max_train_steps)
     ema = None if config.ema_decay is None else ExponentialMovingAverage(model, config.ema_decay, accelerator.device)
     progress = RunProgress(ema)
+    if config.compile:
+        compile_training(model)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule, progress)
     logger = MetricLogger(config, accelerator, progress, list(num_pairs))

@@ -122,6 +122,8 @@ class TrainingConfig:
                              sets="loss_max_flow")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "Precision of the forward pass; default: what"
                                                                    " accelerate launch was given, else no.")
+    compile: bool = option(False, "Compile the training step with torch.compile, which takes minutes at the start and "
+                           "changes results by rounding only.", changeable=True)
     ema_decay: float | None = option(None, "Decay of an exponential moving average of the weights, which is then "
                                      "validated and saved as the final model; default: no average.", DECAY)
     seed: int = option(1234, "Of the weights, the order of the pairs and their augmentation.", count(0, 2**32 - 1))

@@ -37,6 +37,27 @@ def make_model(config: TrainingConfig) -> RaftForOpticalFlow:
     return model
 
 
+def compile_training(model: RaftForOpticalFlow) -> None:
+    """Compile the forward pass of a model, loss and backward pass included, for training mode; eval mode is as before.
+
+    It is compiled once, as all batches of a run have one shape. Validation has images of many sizes, and compiling for
+    each would take longer than it saves. All pairs are correlated, as `correlation="dense"` does. Call it before the
+    model is prepared by accelerate.
+
+    Args:
+        model: Is changed, so that a copy of it would share the compiled pass: copy it before.
+    """
+    # Several processes share gradients after the whole backward pass: torch's way to cut it in parts, so as to begin
+    # earlier, does not take what is computed again in the backward pass.
+    torch._dynamo.config.optimize_ddp = False
+    eager, compiled = model.forward, torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs) if model.training else eager(*args, **kwargs)
+
+    model.forward = forward  # type: ignore[method-assign]
+
+
 def model_size(model: RaftForOpticalFlow) -> Literal["large", "small"]:
     """`large` or `small`, which differ in the blocks of their encoders."""
     return "small" if model.config.encoder_block == "bottleneck" else "large"
