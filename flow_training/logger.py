@@ -113,7 +113,7 @@ class PendingSteps:
         if not steps:
             return []
         losses = mean(torch.stack([torch.stack(step.losses).mean() for step in steps])).tolist()
-        totals = total(torch.stack([torch.stack(step.totals).sum(0) for step in steps])).double().tolist()
+        totals = total(torch.stack([torch.stack(step.totals).sum(0) for step in steps])).tolist()
         norms = torch.stack([step.grad_norm for step in steps if step.grad_norm is not None]).tolist()
         rows = []
         for index, (step, loss, norm) in enumerate(zip(steps, losses, norms, strict=True)):
