@@ -1,16 +1,19 @@
 """What is measured: this project's model and torchvision's, with the same weights, on the same images."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.models.optical_flow import raft_large, raft_small
 
+from benchmarks.cuda_graph import capture
 from modeling_raft.convert_raft_checkpoint import convert_state_dict
 
 GAMMA, MAX_FLOW = 0.8, 400.0
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,9 @@ class Candidate:
     Attributes:
         library: `ours` or `torchvision`.
         size: `large` or `small`.
-        precision: `fp32` or `bf16`, by autocast.
+        precision: `fp32`; `tf32`, which GPUs may multiply float32 in; `fp16` or `bf16`, by autocast.
         options: of ours: `checkpointing` recomputes activations; `dense` and `on_demand` say how to correlate,
-            instead of as fits the memory.
+            instead of as fits the memory; `compiled` is by torch.compile; `graph` replays inference as a CUDA graph.
     """
 
     library: str
@@ -48,28 +51,34 @@ class Candidate:
             model.activation_checkpointing_enable()
         return model
 
-    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
-
     def inference(self, pixel_values: Tensor, num_flow_updates: int) -> Callable[[], Tensor]:
         """A call estimates the flow `(B, 2, H, W)` of pairs `(B, 2, 3, H, W)`."""
-        model = self.make_model().eval().to(pixel_values.device)
+        device = pixel_values.device
+        model = self.compile(self.make_model().eval().to(device))
 
         @torch.no_grad()
         def run() -> Tensor:
-            with self.autocast(pixel_values.device):
+            with in_precision(self.precision, device):
                 if self.library == "torchvision":
                     return model(pixel_values[:, 0], pixel_values[:, 1], num_flow_updates=num_flow_updates)[-1]
                 return model(pixel_values, num_flow_updates=num_flow_updates).flow
 
-        return run
+        return capture(run) if "graph" in self.options else run
+
+    def compile(self, model: torch.nn.Module) -> Any:
+        """The model, compiled where the options say so; on a CPU without the code generator, which takes minutes."""
+        if "compiled" not in self.options:
+            return model
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        return torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager" if on_cpu else "inductor")
 
     def training_step(self, pixel_values: Tensor, labels: Tensor, num_flow_updates: int) -> Callable[[], Tensor]:
         """A call runs forward, loss and backward, and returns the loss."""
-        model = self.make_model().train().to(pixel_values.device)
+        device = pixel_values.device
+        model = self.compile(self.make_model().train().to(device))
 
         def run() -> Tensor:
-            with self.autocast(pixel_values.device):
+            with in_precision(self.precision, device):
                 if self.library == "torchvision":
                     flows = model(pixel_values[:, 0], pixel_values[:, 1], num_flow_updates=num_flow_updates)
                     loss = usual_loss(flows, labels)
@@ -80,6 +89,21 @@ class Candidate:
             return loss.detach()
 
         return run
+
+
+@contextlib.contextmanager
+def in_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """A context in which a candidate of that precision computes."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = precision == "tf32"
+    try:
+        with torch.autocast(device.type, HALVES.get(precision), enabled=precision in HALVES):
+            yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def usual_loss(flows: list[Tensor], labels: Tensor) -> Tensor:

@@ -93,8 +93,7 @@ def choose_implementation(fmap1: Tensor, fmap2: Tensor, num_levels: int) -> str:
         return "dense"
     batch, _, height, width = fmap1.shape
     trains = torch.is_grad_enabled() and (fmap1.requires_grad or fmap2.requires_grad)
-    columns = sum((height >> level) * (width >> level) for level in range(num_levels))
-    needed = batch * height * width * columns * max(fmap1.element_size(), 4) * (2 if trains else 1)
+    needed = dense_bytes(fmap1, num_levels, trains)
     # Training looks at the total memory, so that a resumed run computes as before, whatever else fills the memory.
     free, total = device_memory(fmap1.device)
     limit = total / 4 if trains else free / 2
@@ -104,6 +103,13 @@ def choose_implementation(fmap1: Tensor, fmap2: Tensor, num_levels: int) -> str:
         batch, height, width, kind, needed / 1e9, limit / 1e9,
     )  # fmt: skip
     return kind
+
+
+def dense_bytes(fmap1: Tensor, num_levels: int, trains: bool) -> int:
+    """Bytes of the volume of all pairs of features `(B, C, h, w)`, and of its gradient if there is one."""
+    batch, _, height, width = fmap1.shape
+    columns = sum((height >> level) * (width >> level) for level in range(num_levels))
+    return batch * height * width * columns * max(fmap1.element_size(), 4) * (2 if trains else 1)
 
 
 # ---- The pyramid of frame 2, and windows in it ----

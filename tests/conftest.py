@@ -15,6 +15,15 @@ PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="of the tests marked gpu (default: cuda where there is one, else cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":  # all other tests are of the CPU, on a machine with a GPU too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def sample_data() -> Path:
     """Folder of real pairs with ground truth; it lies beside a checkout and is never part of it."""

@@ -1,0 +1,47 @@
+"""FlowVideo on the device: pair by pair the same flow, and the warm start that a CPU takes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flow_data.shipped_files import find_model
+from flow_inference import FlowVideo, pretrained_path
+from flow_inference.prediction import predict_pair
+from modeling_raft.convert_raft_checkpoint import load_raft
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def frames(on_gpu):
+    """A texture that moves by 4 and 2 pixels a frame."""
+    height, width, count = (256, 320, 5) if on_gpu else (128, 136, 3)
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 8 + 8, width // 8 + 8, 3), dtype=np.uint8)
+    texture = np.asarray(Image.fromarray(coarse).resize((width + 64, height + 64), Image.Resampling.BICUBIC))
+    return [np.ascontiguousarray(texture[2 * i : 2 * i + height, 4 * i : 4 * i + width]) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model(device):
+    return load_raft(find_model(str(pretrained_path()))).eval().to(device)
+
+
+def test_pair_by_pair_is_the_same_flow(model, frames, device):
+    video = FlowVideo(model, frames, warm_start=False, mixed_precision="no")
+    for pair, frame1, frame2 in zip(video, frames[:-1], frames[1:], strict=True):
+        assert pair.flow.device.type == device.type
+        expected = predict_pair(model, frame1, frame2)
+        assert expected.abs().mean() > 1
+        torch.testing.assert_close(pair.flow.cpu(), expected, atol=1e-3, rtol=0)
+
+
+def test_a_warm_start_is_that_of_the_cpu(model, frames, device):
+    """In float32; and in the precision that a user gets, which may be bf16, to a twentieth of a pixel."""
+    on_cpu = load_raft(find_model(str(pretrained_path()))).eval()
+    expected = [pair.flow for pair in FlowVideo(on_cpu, frames, mixed_precision="no")]
+    for precision, limit in (("no", 0.01), (None, 0.05)):
+        pairs = list(FlowVideo(model, frames, mixed_precision=precision))
+        assert [pair.warm for pair in pairs] == [False] + [True] * (len(pairs) - 1)
+        for pair, flow in zip(pairs, expected, strict=True):
+            assert (pair.flow.cpu() - flow).abs().mean() < limit
