@@ -20,7 +20,7 @@ from flow_inference import FlowVideo
 from flow_inference.warm_start import forward_interpolate
 from flow_training.metrics import error_sums
 from flow_training.optimization import ExponentialMovingAverage, make_optimizer
-from modeling_raft import RaftConfig, RaftForOpticalFlow
+from modeling_raft import RaftForOpticalFlow
 
 LIST = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
 # Kernels of the CPU for what has another operator on a GPU of either kind; the list says so under CUDA, too.
@@ -66,12 +66,12 @@ def has_kernel(operators: dict[str, dict], name: str, device: str) -> bool:
 
 
 def train() -> None:
-    """Two steps of either model, with and without activation checkpointing, the metrics, the moving average."""
-    for make_config, checkpointing in ((tiny_config, False), (RaftConfig.small, True)):
-        convex = {"convex_upsampling": True} if make_config is tiny_config else {}
+    """A step in float32 and one in bf16, with both kinds of upsampling, of correlation and of keeping activations."""
+    for convex in (True, False):
         for correlation in ("dense", "on_demand"):
-            model = RaftForOpticalFlow(make_config(num_flow_updates=2, correlation=correlation, **convex))
-            if checkpointing:
+            config = tiny_config(num_flow_updates=2, correlation=correlation, convex_upsampling=convex)
+            model = RaftForOpticalFlow(config)
+            if convex:
                 model.activation_checkpointing_enable()
             average = ExponentialMovingAverage(model, 0.9)
             optimizer = make_optimizer(model.parameters(), 1e-4, 1e-5)
@@ -88,29 +88,30 @@ def train() -> None:
 
 
 def predict() -> None:
-    """A video with warm start, occlusion and resized frames, from a model of either size."""
+    """A video with warm start, occlusion and resized frames."""
     frames = [np.random.default_rng(i).integers(0, 256, (72, 88, 3), dtype=np.uint8) for i in range(3)]
-    for config in (tiny_config(convex_upsampling=True), RaftConfig.small()):
-        model = RaftForOpticalFlow(config).eval()
+    for convex in (True, False):
+        model = RaftForOpticalFlow(tiny_config(convex_upsampling=convex)).eval()
         for options in ({"max_side": 80, "mixed_precision": "no"}, {"min_side": 96, "mixed_precision": "bf16"}):
             assert len(list(FlowVideo(model, frames, num_flow_updates=2, backward=True, **options))) == 2
     forward_interpolate(8 * torch.randn(1, 2, 24, 24, generator=torch.Generator().manual_seed(0)))  # leaves gaps
 
 
-@pytest.mark.parametrize("device", ["MPS", "XPU"])
-@pytest.mark.parametrize("use", [predict, train])
-def test_every_operator_has_a_kernel(use, device, operators):
+@pytest.fixture(scope="module", params=[predict, train])
+def used(request) -> UsedOperators:
     with UsedOperators() as used:
-        use()
+        request.param()
+    return used
+
+
+@pytest.mark.parametrize("device", ["MPS", "XPU"])
+def test_every_operator_has_a_kernel(used, device, operators):
     assert len(used.names) > 40
     assert {name for name in used.names - OF_THE_CPU if not has_kernel(operators, name, device)} == set()
 
 
-@pytest.mark.parametrize("use", [predict, train])
-def test_nothing_is_computed_in_float64(use):
+def test_nothing_is_computed_in_float64(used):
     """MPS has no such numbers."""
-    with UsedOperators() as used:
-        use()
     assert used.of_float64 == set()
 
 
