@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 CORES := $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: quickstart demo test test-fast test-browser test-lowest test-hf quality style bench
+.PHONY: quickstart demo test test-fast test-browser test-lowest test-hf test-gpu quality style bench bench-gpu
 
 # Flow of two frames with the shipped weights; then a fine-tune on the look of these frames, evaluated before and after.
 QUICKSTART := outputs/quickstart
@@ -53,6 +53,10 @@ test-lowest:
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[test]"
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
+# What only a GPU shows, with neither network nor data. Without one, or with DEVICE=cpu, the same code on tiny sizes.
+test-gpu: $(INSTALLED)
+	$(PYTHON) -m pytest -m gpu $(if $(DEVICE),--device $(DEVICE)) --durations=15 tests/gpu
+
 # transformers' own tests of models, configurations and image processors, of the installed version
 test-hf: $(INSTALLED)
 	$(PYTHON) -m pip install --quiet --editable ".[test,hf-tests]"
@@ -64,6 +68,7 @@ test-hf: $(INSTALLED)
 RESULTS := outputs/benchmarks
 bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks.bench_inference --output $(RESULTS)/inference.json
+	$(PYTHON) -m benchmarks.bench_runtimes --output $(RESULTS)/runtimes.json
 	$(PYTHON) -m benchmarks.bench_training --output $(RESULTS)/training.json
 	$(PYTHON) -m benchmarks.bench_memory --output $(RESULTS)/memory.json
 	$(PYTHON) -m benchmarks.bench_on_demand --output $(RESULTS)/on_demand.json
@@ -71,6 +76,10 @@ bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks.bench_collection --output $(RESULTS)/collection.json
 	$(PYTHON) -m benchmarks.bench_data $(if $(DATA_ROOT),--data_root "$(DATA_ROOT)") --output $(RESULTS)/data.json
 	$(PYTHON) -m benchmarks.report --results $(RESULTS)
+
+# Tables of one GPU, in eight minutes: outputs/benchmarks/gpu.json, and docs/speed.md. DEVICE=cpu tries the code.
+bench-gpu: $(INSTALLED)
+	$(PYTHON) -m benchmarks.bench_gpu $(if $(DEVICE),--device $(DEVICE)) --output $(RESULTS)/gpu.json --page docs/speed.md
 
 quality: $(INSTALLED)
 	.venv/bin/ruff check .

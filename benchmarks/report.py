@@ -16,7 +16,7 @@ from benchmarks.machine import machine_in_words
 from benchmarks.scaling_plots import plot_pixels, plot_updates
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-NAMES = ("inference", "training", "memory", "on_demand", "scaling", "data")
+NAMES = ("inference", "runtimes", "training", "memory", "on_demand", "scaling", "data")
 DATASETS = {"chairs": "FlyingChairs", "sintel": "Sintel", "things": "FlyingThings3D", "kitti": "KITTI"}
 
 Report = dict[str, Any]
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         reports = load_reports(arguments.results)
-        page = put_between_markers(arguments.page.read_text(encoding="utf-8"), as_markdown(reports))
+        page = put_between(BEGIN, END, arguments.page.read_text(encoding="utf-8"), as_markdown(reports))
     except (ValueError, OSError) as error:
         sys.exit(f"benchmarks.report: error: {error}")
     arguments.page.write_text(page, encoding="utf-8")
@@ -64,16 +64,16 @@ def load_reports(folder: Path) -> dict[str, Report]:
     return reports
 
 
-def put_between_markers(text: str, block: str) -> str:
-    """A text with the block instead of what was between its markers.
+def put_between(begin: str, end: str, text: str, block: str) -> str:
+    """A text with the block instead of what was between its two markers.
 
     Raises:
         ValueError: There is not exactly one pair of markers.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the page must have the lines {BEGIN} and {END}, each once and in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the page must have the lines {begin} and {end}, each once and in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block.strip()}\n{end}{rest.split(end)[1]}"
 
 
 def as_markdown(reports: dict[str, Report]) -> str:
@@ -83,6 +83,7 @@ def as_markdown(reports: dict[str, Report]) -> str:
         "rounds with the lowest and the highest; the same random weights and images for all. GB are 10^9 bytes of "
         "peak memory above the imports, each figure from a process of its own.",
         inference_table(reports["inference"]),
+        runtimes_table(reports["runtimes"]),
         training_table(reports["training"], reports["memory"]),
         on_demand_table(reports["on_demand"]),
         "Largest difference of flow in float32 between any of these and torchvision: "
@@ -99,6 +100,16 @@ def inference_table(report: Report) -> str:
     ]
     head = ["", "seconds a pair", "times as fast as torchvision", "flow differs by at most, px"]
     return f"**Inference**, {setting(report)}:\n\n" + table(head, rows)
+
+
+def runtimes_table(report: Report) -> str:
+    rows = [
+        [row["candidate"], shown(row["seconds"]), shown(row["times_as_fast"]), f"{row['mean_px']:.1g}"]
+        for row in report["results"]
+    ]
+    head = ["", "seconds a pair", "times as fast as PyTorch fp32", "mean error, px"]
+    model = report["settings"]["model"] or "large, random weights"
+    return f"**Other runtimes**, {model}, {setting(report)}:\n\n" + table(head, rows)
 
 
 def training_table(times: Report, memory: Report) -> str:
@@ -182,7 +193,7 @@ def size_in_words(height: int, width: int) -> str:
 def in_words(candidate: str) -> str:
     """A candidate's name as a reader says it."""
     library, size, precision, *options = candidate.split(" ")
-    words = {"checkpointing": "activation checkpointing", "on_demand": "on demand"}
+    words = {"checkpointing": "activation checkpointing", "on_demand": "on demand", "graph": "CUDA graph"}
     names = ["torchvision" if library == "torchvision" else "this project", size, precision]
     return ", ".join([*names, *(words.get(option, option) for option in options)])
 

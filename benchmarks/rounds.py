@@ -1,5 +1,6 @@
 """Time in rounds (A B C A B C ...), so that a machine whose speed drifts treats all alike."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,20 +10,38 @@ import torch
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until a call has returned and the device has done all it was given."""
-    _wait(device)
+    """Seconds until a call has returned and the device has done all it was given; on a GPU, by its own clock."""
+    if device.type == "cuda":
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start_event.record()
+        call()
+        end_event.record()
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event) / 1000
     start = time.perf_counter()
     call()
-    _wait(device)
     return time.perf_counter() - start
 
 
-def time_in_rounds(calls: Mapping[str, Callable[[], Any]], runs: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after one round that does not count."""
+def time_in_rounds(
+    calls: Mapping[str, Callable[[], Any]], runs: int, device: torch.device, enough_seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, after one round that does not count.
+
+    Args:
+        calls: In the order in which they take turns.
+        runs: Rounds that count.
+        device: What the calls compute on.
+        enough_seconds: No further round after the third once the rounds took so long together.
+    """
     for call in calls.values():
         seconds_of(call, device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(runs):
+    start = time.perf_counter()
+    for run in range(runs):
+        if run >= 3 and time.perf_counter() - start > enough_seconds:
+            break
         for name, call in calls.items():
             seconds[name].append(seconds_of(call, device))
     return seconds
@@ -57,8 +76,3 @@ def compare_times(
             f"({times['lowest']:.2f} to {times['highest']:.2f}), flow differs by {differences[name]:.2g} px at most"
         )
     return rows
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -15,17 +15,21 @@ from benchmarks import (
     bench_collection,
     bench_confidence,
     bench_data,
+    bench_gpu,
     bench_inference,
     bench_on_demand,
+    bench_runtimes,
     bench_scaling,
     bench_tolerance,
     cost,
+    gpu_tables,
     release_weights,
     report,
 )
 from benchmarks.agreement import check_flows, check_losses, estimate_flows
 from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.cost import Job
+from benchmarks.floor import count_work, floor_seconds, measure_ceilings
 from benchmarks.machine import describe_machine, machine_in_words
 from benchmarks.memory_needed import estimate_bytes, fits
 from benchmarks.own_process import peak_bytes, resident_bytes
@@ -67,6 +71,11 @@ def results(tmp_path):
     dense = {"candidate": "ours large fp32 dense"}
     reports = {
         "inference": {"settings": settings, "results": timed},
+        "runtimes": {
+            "settings": settings | {"model": None},
+            "results": [{"candidate": "OpenVINO bf16", "seconds": three(0.75), "times_as_fast": three(2.0),
+                         "mean_px": 0.153, "largest_px": 1.5}],
+        },
         "training": {"settings": settings | {"batch_size": 2}, "results": timed},
         "memory": {
             "settings": settings | {"batch_size": 2},
@@ -125,6 +134,7 @@ def test_tables_have_the_results(results):
     assert step in lines
     assert "| this project, large, fp32, on demand | 2176x3840 | 70.2 |  | 6.5 |  |" in lines
     assert any("would take about 15" in line for line in lines)
+    assert "| OpenVINO bf16 | 0.75 (0.74 to 0.76) | 2.00 (1.99 to 2.01) | 0.2 |" in lines
     assert [line for line in lines if line.startswith("| times ")] == ["| times | 4.1 |"]
     assert any("3e-05 px" in line for line in lines)  # the largest difference is one of the scaling's
     for line, following in zip(lines, lines[1:], strict=False):
@@ -149,7 +159,7 @@ def test_a_report_refuses_what_it_cannot_compare(results, tmp_path):
 )
 def test_a_page_without_one_pair_of_markers_is_refused(text):
     with pytest.raises(ValueError, match="each once"):
-        report.put_between_markers(text, "block")
+        report.put_between(report.BEGIN, report.END, text, "block")
 
 
 def test_candidates_compute_the_same():
@@ -385,3 +395,69 @@ def test_weights_with_other_terms_are_not_released(stage, tmp_path, settings, me
     with pytest.raises(ValueError, match=message):
         release_weights.release([stage(**settings)], tmp_path, "raft-small.pth", "", tmp_path / "released")
     assert not (tmp_path / "released").exists()
+
+
+def test_other_runtimes_compute_the_same_flow(tmp_path):
+    model = Candidate("ours", "small").make_model().eval()
+    calls = bench_runtimes.make_calls(model, make_pairs(1, 128, 136)[0], 2, tmp_path / "raft.onnx")
+    flows = {name: call() for name, call in calls.items()}
+    expected = flows.pop(bench_runtimes.EAGER)
+    assert expected.shape == (1, 2, 128, 136) and {"onnxruntime fp32", "OpenVINO fp32", "OpenVINO bf16"} < set(flows)
+    for name, flow in flows.items():
+        assert (flow - expected).abs().mean() < (1e-3 if "fp32" in name else 0.5), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_work_is_that_of_the_formula(dtype):
+    """A convolution, forward and backward, and a product: 2 operations for each product of two numbers."""
+    image, weight = (torch.randn(*shape, dtype=dtype).requires_grad_() for shape in ((2, 3, 10, 12), (5, 3, 3, 3)))
+    left, right = torch.randn(4, 6, dtype=dtype), torch.randn(6, 7, dtype=dtype)
+    forward = count_work(lambda: torch.nn.functional.conv2d(image, weight, padding=1))
+    assert dict(forward.operations) == {dtype: 2 * (2 * 5 * 10 * 12) * (3 * 3 * 3)}
+    assert forward.bytes == image.element_size() * (2 * 3 * 120 + 5 * 3 * 9 + 2 * 5 * 120)
+    both = count_work(lambda: torch.nn.functional.conv2d(image, weight, padding=1).sum().backward())
+    assert both.operations[dtype] == 3 * forward.operations[dtype]
+    product = count_work(lambda: left @ right)
+    assert product.operations[dtype] == 2 * 4 * 6 * 7
+    ceilings = {"fp32": 10.0, "tf32": 20.0, "fp16": 40.0, "bf16": 80.0, "bandwidth": 1e9}
+    rates = {"fp32": 10.0, "tf32": 20.0} if dtype == torch.float32 else {"fp32": 80.0, "tf32": 80.0}
+    for precision, rate in rates.items():
+        assert floor_seconds(product, precision, ceilings) == pytest.approx(2 * 4 * 6 * 7 / rate)
+    assert floor_seconds(product, "fp32", ceilings | {"bandwidth": 1.0}) == product.bytes
+    measured = measure_ceilings(CPU, side=16, copied_bytes=2**12)
+    assert measured.keys() == ceilings.keys() and min(measured.values()) > 0
+
+
+def test_tables_of_a_gpu(tmp_path):
+    facts = {"part": "inference", "size": "large", "height": 440, "width": 1024, "num_flow_updates": 12, "batch": 8}
+    timed = {"seconds": three(0.5), "times_as_fast": {"torchvision large fp32": three(3.25)}, "mean_px": 2e-3}
+    rows = [
+        {"part": "ceilings", "fp32": 5e13, "tf32": 4e14, "fp16": 7e14, "bf16": 8e14, "bandwidth": 3e12},
+        facts | timed | {"candidate": "ours large bf16 compiled", "peak_gb": 1.234},
+        facts | {"candidate": "torchvision large fp32", "failed": "out of memory"},
+        facts | {"candidate": "floor bf16", "floor_seconds": 0.125},
+        {"part": "video", "failed": "left out: the time was over"},
+    ]
+    text = gpu_tables.as_markdown({"machine": describe_machine(), "rows": rows})
+    lines = text.splitlines()
+    assert "| this project, large, bf16, compiled | 500.0 | 16.0 | 3.25 | 125.0 | 1.23 | 0.002 |" in lines
+    assert "| torchvision, large, fp32 | out of memory |  |  |  |  |  |" in lines
+    assert "**Inference**, large, 440x1024, 12 updates, batch of 8:" in lines
+    assert "- video: left out: the time was over" in lines
+    assert lines[-1].startswith("Matrix product") and "bf16 800; copy, 3,000 GB" in lines[-1]
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{gpu_tables.BEGIN}\nold\n{gpu_tables.END}\nafter\n")
+    gpu_tables.put_on_page(page, text)
+    assert page.read_text() == f"before\n{gpu_tables.BEGIN}\n{text}\n{gpu_tables.END}\nafter\n"
+
+
+@pytest.mark.slow
+def test_a_part_whose_time_is_over_is_ended_and_its_rows_count(monkeypatch):
+    ceilings = dict.fromkeys(("fp32", "tf32", "fp16", "bf16", "bandwidth"), 1.0)
+    (row,) = bench_gpu.run_part("ceilings", "cpu", 300, ceilings)
+    assert row["part"] == "ceilings" and row["bandwidth"] > 0
+    monkeypatch.setattr(bench_gpu, "GRACE", 0.1)
+    (row,) = bench_gpu.run_part("ceilings", "cpu", 0.1, ceilings)
+    assert row == {"part": "ceilings", "failed": "not complete: its time was over"}
+    (row,) = bench_gpu.run_part("video", "cpu", -1.0, ceilings)
+    assert row["failed"].startswith("left out")
