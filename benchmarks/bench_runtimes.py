@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"bench_runtimes: error: {error}")
     rows = []
     for name, taken in seconds.items():
-        error = (flows[name] - flows[EAGER]).norm(dim=1)
+        distance = (flows[name] - flows[EAGER]).norm(dim=1)
         row: dict[str, Any] = {"candidate": name, "seconds": spread(taken)}
         row |= {"times_as_fast": times_as_fast(taken, seconds[EAGER])}
-        rows.append(row | {"mean_px": error.mean().item(), "largest_px": error.max().item()})
-        print(f"{name}: {row['seconds']['median']:.3f} s, flow differs by {error.mean():.2g} px in the mean")
+        rows.append(row | {"mean_px": distance.mean().item(), "largest_px": distance.max().item()})
+        print(f"{name}: {row['seconds']['median']:.3f} s, flow differs by {distance.mean():.2g} px in the mean")
     save_results(arguments.output, arguments, results=rows)
 
 
@@ -65,7 +65,7 @@ def load_pair(arguments: argparse.Namespace) -> Tensor:
 
     from modeling_raft import RaftImageProcessor
 
-    images = [Image.open(path) for path in arguments.pair]
+    images: list[Any] = [Image.open(path) for path in arguments.pair]
     pixel_values = RaftImageProcessor()(images, return_tensors="pt").pixel_values
     arguments.height, arguments.width = pixel_values.shape[-2:]
     return pixel_values

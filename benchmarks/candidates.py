@@ -94,7 +94,7 @@ class Candidate:
 @contextlib.contextmanager
 def in_precision(precision: str, device: torch.device) -> Iterator[None]:
     """A context in which a candidate of that precision computes."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = precision == "tf32"
