@@ -216,10 +216,10 @@ def compiled_training(bench: Bench) -> None:
     measure(bench, "compiled training", candidates, call, facts)
 
 
-def training_batch(bench: Bench, recipe: str, size: tuple[int, int], batch: int) -> tuple[list[Tensor], Row]:
+def training_batch(bench: Bench, recipe: str, size: tuple[int, int], batch: int) -> tuple[Any, Row]:
     height, width = bench.size(*size)
     batch, updates = bench.number(batch), bench.number(12)
-    tensors = [tensor.to(bench.device) for tensor in make_pairs(batch, height, width)]
+    tensors = tuple(tensor.to(bench.device) for tensor in make_pairs(batch, height, width))
     facts = {"recipe": recipe, "height": height, "width": width, "num_flow_updates": updates, "batch": batch}
     return tensors, facts
 
@@ -252,7 +252,7 @@ def video(bench: Bench) -> None:
     for size in ("large", "small"):
         if bench.time_is_over():
             return
-        model = Candidate("ours", size).make_model().to(bench.device).eval()
+        model: Any = Candidate("ours", size).make_model().to(bench.device).eval()
         peer = Candidate("torchvision", size, "tf32").make_model().to(bench.device).eval()
         updates = bench.number(12)
 
