@@ -194,34 +194,34 @@ def training(bench: Bench) -> None:
     for recipe, size, batch in TRAINING_SIZES[: 1 if bench.tiny else None]:
         if bench.time_is_over():
             return
-        tensors, facts = training_batch(bench, recipe, size, batch)
+        images, labels, facts = training_batch(bench, recipe, size, batch)
         updates = facts["num_flow_updates"]
         precisions = ("fp32", "tf32", "fp16", "bf16")
         candidates = several("torchvision", "large", precisions) + several("ours", "large", precisions)
         candidates += several("ours", "large", ("tf32", "fp16", "bf16"), "checkpointing")
         if bench.tiny:
             candidates = candidates[::2]
-        call = lambda c: c.training_step(*tensors, updates)  # noqa: B023, E731
+        call = lambda c: c.training_step(images, labels, updates)  # noqa: B023, E731
         measure(bench, "training", candidates, call, facts)
-        work = lambda p: count_work(Candidate("ours", "large", p, ("dense",)).training_step(*tensors, updates))  # noqa: B023, E731
+        work = lambda p: count_work(Candidate("ours", "large", p, ("dense",)).training_step(images, labels, updates))  # noqa: B023, E731
         report_floors(bench, "training", facts, work)
 
 
 def compiled_training(bench: Bench) -> None:
     """The same step by torch.compile."""
-    tensors, facts = training_batch(bench, *TRAINING_SIZES[0])
+    images, labels, facts = training_batch(bench, *TRAINING_SIZES[0])
     candidates = several("torchvision", "large", ("fp16",)) + several("ours", "large", ("bf16",))
     candidates += several("ours", "large", ("bf16",), "compiled")
-    call = lambda c: c.training_step(*tensors, facts["num_flow_updates"])  # noqa: E731
+    call = lambda c: c.training_step(images, labels, facts["num_flow_updates"])  # noqa: E731
     measure(bench, "compiled training", candidates, call, facts)
 
 
-def training_batch(bench: Bench, recipe: str, size: tuple[int, int], batch: int) -> tuple[Any, Row]:
+def training_batch(bench: Bench, recipe: str, size: tuple[int, int], batch: int) -> tuple[Tensor, Tensor, Row]:
     height, width = bench.size(*size)
     batch, updates = bench.number(batch), bench.number(12)
-    tensors = tuple(tensor.to(bench.device) for tensor in make_pairs(batch, height, width))
+    images, labels = (tensor.to(bench.device) for tensor in make_pairs(batch, height, width))
     facts = {"recipe": recipe, "height": height, "width": width, "num_flow_updates": updates, "batch": batch}
-    return tensors, facts
+    return images, labels, facts
 
 
 def on_demand(bench: Bench) -> None:
@@ -337,12 +337,15 @@ def profile(bench: Bench) -> None:
     """Which kernels one inference and one training step spend their time in."""
     height, width = bench.size(440, 1024)
     pixel_values = make_pairs(1, height, width)[0].to(bench.device)
-    tensors, facts = training_batch(bench, *TRAINING_SIZES[0])
+    images, labels, facts = training_batch(bench, *TRAINING_SIZES[0])
     updates = facts["num_flow_updates"]
     candidate = Candidate("ours", "large", "bf16", ("dense",))
     calls = {
         "inference": (candidate.inference(pixel_values, updates), (1, height, width)),
-        "training": (candidate.training_step(*tensors, updates), (facts["batch"], facts["height"], facts["width"])),
+        "training": (
+            candidate.training_step(images, labels, updates),
+            (facts["batch"], facts["height"], facts["width"]),
+        ),
     }
     for name, (call, shape) in calls.items():
         for _ in range(2):
