@@ -199,8 +199,16 @@ def looks_like_image(path: Path) -> bool:
 
 
 def is_collection(args: argparse.Namespace) -> bool:
-    """Return whether the arguments name several sources, or ask for what only collections have."""
-    if any(getattr(args, name) for name in COLLECTION_FLAGS) or args.format in COLLECTION_FORMATS:
+    """Return whether the arguments name several sources, or ask for what only collections have.
+
+    Raises:
+        ValueError: They ask for that, and name images.
+    """
+    if args.format in COLLECTION_FORMATS or any(getattr(args, name) for name in COLLECTION_FLAGS):
+        if images := [path for path in args.frames if looks_like_image(path)]:
+            raise ValueError(
+                f"{images[0]} is an image; for formats and flags of collections, give the folder of frames"
+            )
         return True
     if args.video is not None or any(looks_like_image(path) for path in args.frames):
         return False

@@ -185,6 +185,8 @@ def test_mistakes_are_errors_before_anything_is_computed(model, inputs, tmp_path
         ([inputs / "long.mp4", "--bound", "5"], "--bound has no use here: it is for --format jpg"),
         ([inputs / "long.mp4", "--batch_size", "0"], "--batch_size must be a whole number, at least 1, or auto"),
         ([*(inputs / "frames").glob("f[89].png"), "--shard", "1/2"], "--shard has no use here: two images"),
+        ([*(inputs / "frames").glob("*.png"), "--shard", "1/2"], "is an image; for .* give the folder of frames"),
+        ([*(inputs / "frames").glob("f[89].png"), "--format", "h5"], "is an image; for .* give the folder of frames"),
         ([inputs / "long.mp4", "--format", "h5", "--occlusion"], "with format h5 use confidence"),
     ):  # fmt: skip
         argv = [str(word) for word in words]

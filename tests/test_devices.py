@@ -38,3 +38,14 @@ def test_devices_that_are_not_there_are_named(machine):
         choose_device("cuda")
     with pytest.raises(ValueError, match="device must be cpu, cuda, .*; got 'gpu0'"):
         choose_device("gpu0")
+
+
+def test_processes_of_a_launch_take_one_accelerator_after_the_other(machine):
+    machine("cuda", 2)
+    for name in (None, "cuda"):
+        chosen = [choose_device(name, local_rank) for local_rank in range(4)]
+        assert [device.index or 0 for device in chosen] == [0, 1, 0, 1]
+    assert choose_device("cuda:0", 1) == torch.device("cuda:0")  # as it was asked for
+    assert choose_device("cpu", 1) == torch.device("cpu")
+    machine(None)
+    assert choose_device(None, 3) == torch.device("cpu")
