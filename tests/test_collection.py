@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from moving_shapes import moving_shapes
@@ -23,7 +24,7 @@ import predict_flow
 from flow_data.flow_io import read_confidence, read_flow, write_compact_flow
 from flow_data.formats.jpeg_flow import read_flow_jpeg, write_flow_jpeg
 from flow_data.formats.video_hdf5 import FlowHdf5Writer, read_flow_hdf5
-from flow_inference import FlowVideo
+from flow_inference import FlowVideo, pretrained_path
 from flow_inference.collection import CollectionOptions, predict_collection
 from flow_inference.collection_sources import choose_shard, find_sources, measure, read_list
 from flow_inference.collection_state import CollectionState
@@ -384,6 +385,22 @@ def test_pieces_without_a_warm_start_equal_the_whole(model, inputs, tmp_path, fo
     assert not list((tmp_path / "cut/.flow_state/pieces").iterdir())
 
 
+@pytest.mark.slow
+def test_pieces_with_a_warm_start_are_close_to_the_whole(tmp_path):
+    """With trained weights, since the flow of random ones never comes to rest."""
+    model = RaftForOpticalFlow.from_pretrained(pretrained_path()).eval()
+    with VideoWriter(tmp_path / "clip.mp4", 25) as video:
+        for frame in moving_shapes(13, 128, 136, [(3, 1), (-4, 2)]).frames:
+            video.write(frame)
+    options = {"mixed_precision": "no", "format": "npy"}
+    predict_collection(model, [tmp_path / "clip.mp4"], tmp_path / "whole", CollectionOptions(**options))
+    cut = CollectionOptions(**options, split_frames=10)
+    predict_collection(model, [tmp_path / "clip.mp4"], tmp_path / "cut", cut)
+    assert len(checksums(tmp_path / "whole")) == 12
+    for name in checksums(tmp_path / "whole"):
+        np.testing.assert_allclose(np.load(tmp_path / "whole" / name), np.load(tmp_path / "cut" / name), atol=0.005)
+
+
 def test_frames_from_an_index_are_those_of_the_whole(inputs):
     frames = list(VideoReader(inputs / "long.mp4"))
     for start in (0, 5, 11, 12):
@@ -439,7 +456,7 @@ def test_claims_of_the_dead_are_taken_and_those_of_the_living_are_not(tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_are_killed_and_started_again_leave_the_same_outputs(model, inputs, tmp_path, undisturbed):
-    """Two processes by accelerate launch: SIGKILL to all, once more SIGTERM, then to the end."""
+    """Two processes by accelerate launch: SIGKILL to all of them and to the launcher, then once more to the end."""
     output = tmp_path / "flow"
     argv = [PROJECT / "predict_flow.py", inputs, "--output", output, "--model", model.folder, *FLAGS]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -460,7 +477,8 @@ def test_processes_that_are_killed_and_started_again_leave_the_same_outputs(mode
     try:
         wait_for(lambda: list(output.glob(".flow_state/partial/*")), process)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        for victim in (*psutil.Process(process.pid).children(recursive=True), process):  # workers have own sessions
+            victim.kill()
         process.communicate()
     process = start()
     printed, _ = process.communicate(timeout=300)
