@@ -1,9 +1,10 @@
-"""Push a finished run to the Hub, after training or whenever an upload has failed.
+"""Push a finished run to the Hub, after training or whenever an upload has failed; or the page, app.py, as a Space.
 
 python -m flow_training.hub push DIR user/name [--private] [--token TOKEN]
+python -m flow_training.hub push_space user/name [--private] [--token TOKEN]
 
-Exit codes: 0, it is pushed; 1, DIR is no finished run; 2, the command is wrong; 3, the Hub refuses or cannot be
-reached.
+Exit codes: 0, it is pushed; 1, DIR is no finished run, or there is no app.py; 2, the command is wrong; 3, the Hub
+refuses or cannot be reached.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id
 
+from flow_data.shipped_files import CHECKOUT, PRETRAINED
+
 # Nothing here imports torch or the model: each upload is a process of its own, which must start quickly.
 PROG = "flow_training.hub"
 UPLOAD_FAILED = 3  # exit code, also of train_flow.py: the training itself went well
@@ -29,6 +32,7 @@ TIMEOUT = 60.0  # seconds without a byte from the Hub or to it; the default of t
 
 RUN_CONFIG, CARD = "run_config.yaml", "README.md"
 FINISHED_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", RUN_CONFIG, CARD)
+SPACE_PACKAGES = ("flow_data", "flow_inference", "modeling_raft")  # what app.py imports
 PUBLISHED_FILES = (*FINISHED_FILES, "*.py")  # of the folder itself: neither checkpoints nor logs
 
 
@@ -87,6 +91,50 @@ def push_folder(folder: Path, repo_id: str, token: str | None, message: str) -> 
         return _api(token).create_commit(repo_id, operations, commit_message=message).commit_url
     except Exception as error:  # what the client raises, in many types
         raise OSError(f"cannot push {folder} to {repo_id}: {_reason(error, token)}") from error
+
+
+def space_files(checkout: Path = CHECKOUT) -> dict[str, Path]:
+    """Find what a Space of the page consists of: path in its repository -> file.
+
+    Args:
+        checkout: Of this project; an installation does not have the page.
+
+    Raises:
+        FileNotFoundError: It is no checkout.
+    """
+    if not (checkout / "app.py").is_file():
+        raise FileNotFoundError(f"{checkout} has no app.py; run push_space in a checkout of the project")
+    files = {path.relative_to(checkout / "space").as_posix(): path for path in sorted(checkout.glob("space/**/*.*"))}
+    patterns = ("app.py", "setup.cfg", "LICENSE", f"{PRETRAINED}/*")
+    for pattern in (*patterns, *(f"{package}/**/*.py" for package in SPACE_PACKAGES)):
+        files |= {path.relative_to(checkout).as_posix(): path for path in sorted(checkout.glob(pattern))}
+    return {name: path for name, path in files.items() if path.is_file() and "__pycache__" not in path.parts}
+
+
+def push_space(files: dict[str, Path], repo_id: str, token: str | None, private: bool, message: str) -> str:
+    """Upload the page as a Space, in one commit.
+
+    Args:
+        files: Of `space_files`.
+        repo_id: user/name; created if it does not exist.
+        token: None for the token of the user who is logged in.
+        private: Make the Space private if it is new.
+        message: Of the commit.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        OSError: A file cannot be read, or the Hub refuses or cannot be reached.
+    """
+    try:
+        api = _api(token)
+        space = {"repo_type": "space", "space_sdk": "gradio"}
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **space).repo_id
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        return api.create_commit(repo_id, operations, commit_message=message, repo_type="space").commit_url
+    except Exception as error:  # what the client raises, in many types
+        raise OSError(f"cannot push the page to the Space {repo_id}: {_reason(error, token)}") from error
 
 
 def push_command(folder: Path, repo_id: str) -> str:
@@ -151,29 +199,39 @@ def _repo_id(text: str) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     description, _, details = (__doc__ or "").partition("\n")
     parser = _Parser(prog=f"python -m {PROG}", description=description, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="push", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="push|push_space", required=True)
     push = commands.add_parser("push", help="upload a finished run", epilog=details, allow_abbrev=False)
     push.add_argument("folder", type=Path, metavar="DIR", help="output_dir of a finished run")
-    push.add_argument("repo_id", type=_repo_id, metavar="user/name", help="repository; created if it does not exist")
-    push.add_argument("--private", action="store_true", help="make the repository private if it is new")
-    push.add_argument("--token", help="token to push with; default: HF_TOKEN, or the one you logged in with")
-    push.add_argument("--commit_message", default="Upload RAFT", help="default: %(default)s")
+    space = commands.add_parser("push_space", help="upload the page as a Space", epilog=details, allow_abbrev=False)
+    for command, message in ((push, "Upload RAFT"), (space, "Upload the page")):
+        add = command.add_argument
+        add("repo_id", type=_repo_id, metavar="user/name", help="repository; created if it does not exist")
+        add("--private", action="store_true", help="make the repository private if it is new")
+        add("--token", help="token to push with; default: HF_TOKEN, or the one you logged in with")
+        add("--commit_message", default=message, help="default: %(default)s")
     push.add_argument("--end_with", type=int, metavar="PID", help=argparse.SUPPRESS)  # the training that started it
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    if args.end_with is not None:
+    if args.command == "push" and args.end_with is not None:
         threading.Thread(target=_end_with_parent, args=[args.end_with], daemon=True).start()
     try:
-        check_finished(args.folder)
+        if args.command == "push":
+            check_finished(args.folder)
+        else:
+            files = space_files()
     except OSError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 1
     try:
-        repo_id = create_repository(args.repo_id, args.token, args.private)
-        print(f"pushed: {push_folder(args.folder, repo_id, args.token, args.commit_message)}")
+        if args.command == "push":
+            repo_id = create_repository(args.repo_id, args.token, args.private)
+            url = push_folder(args.folder, repo_id, args.token, args.commit_message)
+        else:
+            url = push_space(files, args.repo_id, args.token, args.private, args.commit_message)
+        print(f"pushed: {url}")
     except OSError as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return UPLOAD_FAILED

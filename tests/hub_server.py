@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_ABOVE = 1000  # bytes; larger files are uploaded apart from the commit, as on the Hub
-KINDS = {"datasets": "dataset", "models": "model"}
+KINDS = {"datasets": "dataset", "models": "model", "spaces": "space"}
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Hub(ThreadingHTTPServer):
     """The server; use it as a context manager.
 
     Attributes:
-        repos: (kind, user/name) -> repository; kind is "dataset" or "model".
+        repos: (kind, user/name) -> repository; kind is "dataset", "model" or "space".
         requests: "METHOD path" of every request so far, the query left out.
         error_status: Called with each such text; returns the HTTP status of an error to answer with, or None. Clients
             that retry are asked to do so at once.
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         key = wanted.get("type") or "model", repo_id
         status = 409 if key in self.server.repos else 200
         self.server.repos.setdefault(key, Repo())
-        prefix = "datasets/" if key[0] == "dataset" else ""
+        prefix = {"dataset": "datasets/", "space": "spaces/"}.get(key[0], "")
         self._json({"url": f"{self.server.url}/{prefix}{repo_id}", "name": repo_id, "id": repo_id}, status)
 
     def validate_yaml(self, body: bytes, query: dict) -> None:
@@ -286,7 +286,7 @@ def _file_info(path: str, data: bytes) -> dict[str, Any]:
 
 
 _REPO, _REVISION = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
-_API = rf"/api/(?P<kind>datasets|models)/{_REPO}"
+_API = rf"/api/(?P<kind>datasets|models|spaces)/{_REPO}"
 ROUTES = [
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/repos/create", Handler.create),
@@ -298,7 +298,7 @@ ROUTES = [
     ("POST", rf"{_API}/paths-info/{_REVISION}", Handler.paths_info),
     ("POST", rf"{_API}/preupload/{_REVISION}", Handler.preupload),
     ("POST", rf"{_API}/commit/{_REVISION}", Handler.commit),
-    ("POST", rf"/(?:datasets/)?{_REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", rf"/(?:datasets/|spaces/)?{_REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
     ("GET|HEAD", rf"/(?P<kind>datasets)/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", Handler.resolve),
     ("GET|HEAD", rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", Handler.resolve),
