@@ -587,7 +587,8 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
     with gr.Row(visible=False) as previews:
         preview1 = gr.Image(label="Frame 1", interactive=False, buttons=[], min_width=140, elem_id="preview1")
         preview2 = gr.Image(label="Frame 2", interactive=False, buttons=[], min_width=140, elem_id="preview2")
-    pairs = sorted(examples_folder().glob("*_1.*"))
+    file_message = gr.HTML(elem_id="file_message", min_height=0)
+    pairs = sorted(examples_folder().glob("*_1.*"), reverse=True)  # the slow one first
     examples = gr.Dataset(
         components=[gr.Image(render=False)],
         samples=[[str(path)] for path in pairs],
@@ -711,7 +712,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
     run_options = {"inputs": inputs, "outputs": result_outputs, "show_progress_on": [message], **job_options}
     for file in (file1, file2):
         file.change(
-            show_files, [file1, file2], [message, previews, preview1, preview2], show_progress="hidden", **private
+            show_files, [file1, file2], [file_message, previews, preview1, preview2], show_progress="hidden", **private
         )
     compute.click(run, **run_options)
     examples.click(load_example, examples, [file1, file2], **private).then(run, **run_options)
