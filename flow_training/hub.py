@@ -129,8 +129,8 @@ def push_space(files: dict[str, Path], repo_id: str, token: str | None, private:
     """
     try:
         api = _api(token)
-        space = {"repo_type": "space", "space_sdk": "gradio"}
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **space).repo_id
+        created = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        repo_id = created.repo_id
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         return api.create_commit(repo_id, operations, commit_message=message, repo_type="space").commit_url
     except Exception as error:  # what the client raises, in many types
