@@ -29,7 +29,7 @@ def consistency_error(flow: Tensor, backward_flow: Tensor) -> Tensor:
     return torch.where(inside, torch.linalg.vector_norm(flow + back, dim=1), torch.inf)
 
 
-def is_occluded(flow: Tensor, backward_flow: Tensor) -> Tensor:
+def is_occluded(flow: Tensor, backward_flow: Tensor, absolute_tolerance: float = ABSOLUTE_TOLERANCE) -> Tensor:
     """Mask of the pixels of frame 1 that frame 2 does not show: hidden by something, or outside of the frame.
 
     A pixel is occluded where the squared distance between its start and the place to which flow and backward flow
@@ -39,6 +39,7 @@ def is_occluded(flow: Tensor, backward_flow: Tensor) -> Tensor:
         flow: `(B, 2, H, W)`, from frame 1 to frame 2.
         backward_flow: `(B, 2, H, W)`, from frame 2 to frame 1. With the two arguments exchanged, the result is the
             mask of the pixels of frame 2 that frame 1 does not show.
+        absolute_tolerance: Squared pixels, instead of 0.5.
 
     Returns:
         `(B, H, W)` bool.
@@ -49,7 +50,7 @@ def is_occluded(flow: Tensor, backward_flow: Tensor) -> Tensor:
     back, inside = _warp_backward_flow(flow, backward_flow)
     error = (flow + back).square().sum(1)
     lengths = flow.square().sum(1) + back.square().sum(1)
-    return ~(inside & (error <= RELATIVE_TOLERANCE * lengths + ABSOLUTE_TOLERANCE))
+    return ~(inside & (error <= RELATIVE_TOLERANCE * lengths + absolute_tolerance))
 
 
 def _warp_backward_flow(flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
