@@ -65,6 +65,9 @@ class TrainingConfig:
     data_root: str = option("datasets", "Folder that holds the data sets' folders.", changeable=True, path=True)
     pairs_path: str | None = option(None, "Your own pairs, for the source 'pairs': a CSV or JSONL file, or a folder; "
                                     "default: data_root/pairs.", changeable=True, path=True)
+    validation_pairs_path: str | None = option(None, "Your own pairs to validate on, where 'pairs' is one of "
+                                               "validation_sets; default: pairs_path, those that are trained on.",
+                                               changeable=True, path=True)
     dataset_name: str | None = option(None, "Data set of flow pairs on the Hub, user/name, to train on; it takes the "
                                       "place of train_mix.")
     streaming: bool = option(False, "Read each pair of dataset_name when it is needed; download nothing beforehand.",
@@ -196,6 +199,10 @@ class TrainingConfig:
         if not self.train_mix and self.dataset_name is None:
             raise ValueError("train_mix is required: it maps sources to repeats, e.g. {flying_chairs: 1}; "
                              "or give dataset_name, a data set of flow pairs on the Hub")  # fmt: skip
+        if self.validation_pairs_path is not None and not any(
+            split_validation_set(entry)[0] == "pairs" for entry in self.validation_sets
+        ):
+            raise ValueError("validation_pairs_path is not used: add pairs to validation_sets")
         for entry in self.validation_sets:
             source, split = split_validation_set(entry)
             check_source(source)

@@ -30,7 +30,9 @@ class DataError(RuntimeError):
     """A pair cannot be read, or the process that reads pairs has died; raised between two optimizer steps."""
 
 
-def open_dataset(config: TrainingConfig, source: str, split: str, needs_flow: bool = True) -> Any:
+def open_dataset(
+    config: TrainingConfig, source: str, split: str, needs_flow: bool = True, pairs_path: str | None = None
+) -> Any:
     """Open a source.
 
     Args:
@@ -38,6 +40,7 @@ def open_dataset(config: TrainingConfig, source: str, split: str, needs_flow: bo
         source: A name in `flow_data.datasets.DATASETS`.
         split: One of its splits.
         needs_flow: Refuse a split without ground truth.
+        pairs_path: Of the source `pairs`; None: as `config` says.
 
     Returns:
         Its rows, with images as they are stored.
@@ -50,8 +53,9 @@ def open_dataset(config: TrainingConfig, source: str, split: str, needs_flow: bo
         num_pairs = config.synthetic_num_pairs if training else config.synthetic_validation_pairs
         return synthetic(config.synthetic_options(), split=split, num_pairs=num_pairs)
     root = Path(config.data_root) / str(DATASETS[source].folder)
-    if source == "pairs" and config.pairs_path is not None:
-        root = Path(config.pairs_path)
+    pairs_path = pairs_path or config.pairs_path
+    if source == "pairs" and pairs_path is not None:
+        root = Path(pairs_path)
     dataset = load_source(source, root, split)
     if needs_flow and not has_ground_truth(dataset):
         wanted = "a column or files of flow" if source == "pairs" else "a split that is not for submissions"
@@ -100,7 +104,8 @@ def validation_sets(config: TrainingConfig) -> list[tuple[str, Any, Protocol]]:
     for entry in config.validation_sets:
         source, split = split_validation_set(entry)
         protocol = DATASETS[source].protocol
-        sets.append((entry, open_dataset(config, source, split or protocol.split), protocol))
+        rows = open_dataset(config, source, split or protocol.split, pairs_path=config.validation_pairs_path)
+        sets.append((entry, rows, protocol))
     return sets
 
 

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from flow_data.datasets import DATASETS
 from flow_data.shipped_files import find_model, shipped_path
+from flow_inference.labels import read_teacher
 from flow_training.config import split_validation_set
 from flow_training.hub import CARD, RUN_CONFIG, loaded_from, quoted
 from flow_training.metrics import format_metric
@@ -82,6 +83,7 @@ def fill_card(model: RaftForOpticalFlow, record: RunRecord) -> ModelCard:
         lineage=record.lineage,
         inherits=run_config["model_name_or_path"] is not None,
         training_data=_training_data(run_config),
+        adapted=any(label_teacher(source, run_config) for source in run_config["train_mix"]),
         recipe={key: _cell(value) for key, value in run_config.items() if not key.startswith("hub_")},
         ema_decay=run_config["ema_decay"],
         reports=record.reports,
@@ -186,15 +188,32 @@ def _hub_datasets(run_config: dict[str, Any]) -> list[str] | None:
 
 def _training_data(run_config: dict[str, Any]) -> list[tuple[str, int]]:
     """(description with its terms, repeats in an epoch) of each source of the training data."""
-    mix = [
-        (f"{DATASETS[source].license.title} ({DATASETS[source].license.terms})", repeats)
-        for source, repeats in run_config["train_mix"].items()
-    ]
+    mix = [(_describe_source(source, run_config), repeats) for source, repeats in run_config["train_mix"].items()]
     name = run_config["dataset_name"]
     if name is None:
         return mix
     place = f"`{name}`" if Path(name).exists() else f"`{name}` on the Hub"
     return [(f"{place} (its page states its terms)", 1), *mix]
+
+
+def _describe_source(source: str, run_config: dict[str, Any]) -> str:
+    """A source with its terms; of pairs that a model has labelled, this model and its terms."""
+    license = DATASETS[source].license
+    teacher = label_teacher(source, run_config)
+    if teacher is None:
+        return f"{license.title} ({license.terms})"
+    (name, *earlier) = read_lineage(teacher)
+    before = f"; before that: {'; '.join(earlier)}" if earlier else ""
+    return (
+        f"frames without ground truth, whose flow was estimated by a teacher, {name}{before} (the terms of the "
+        "frames, of the teacher and of what it was trained on apply)"
+    )
+
+
+def label_teacher(source: str, run_config: dict[str, Any]) -> str | None:
+    """The model that estimated the flow of a run's pairs (`flow_inference.pseudo_labels`); None for ground truth."""
+    path = run_config.get("pairs_path")
+    return read_teacher(Path(path)) if source == "pairs" and path is not None else None
 
 
 def _eval_results(reports: dict[str, dict[str, Any]]) -> list[EvalResult]:
@@ -227,6 +246,9 @@ def _seen_in_training(set_name: str, run_config: dict[str, Any]) -> str:
     if run_config["dataset_name"] is not None:
         return "not known"
     source, split = _source_and_split(set_name)
+    own = run_config.get("validation_pairs_path")  # not in the settings of older versions
+    if source == "pairs" and own not in (None, run_config["pairs_path"]):
+        return "not known"  # two tables may list the same pairs
     trained = run_config["train_split"] or DATASETS[source].training_split
     seen = source in run_config["train_mix"] and (split == trained or "all" in (split, trained))
     return "yes" if seen else "no"

@@ -17,6 +17,8 @@ except SystemExit:
 """
 COMMANDS = ["train_flow", "evaluate_flow", "predict_flow", "flow_training.curriculum", "flow_training.hub"]
 COMMANDS += ["flow_training.plot_log", "flow_data.preview", "app"]
+COMMANDS += ["flow_training.plot_log", "flow_data.preview"]
+COMMANDS += ["flow_training.adapt", "flow_inference.pseudo_labels"]
 
 
 def run_python(code: str, blocked: set[str] = frozenset()) -> subprocess.CompletedProcess:

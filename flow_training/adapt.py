@@ -1,0 +1,446 @@
+"""Adapt weights to your own footage, for which there is no ground truth.
+
+python -m flow_training.adapt clip.mp4 --model raft-small.pth --teacher raft-sintel.pth --output_dir outputs/clip
+
+A teacher, a stronger model or else the model itself, labels pairs of frames (`flow_inference.pseudo_labels`).
+train_flow.py trains the model on these with the settings of configs/adapt.yaml. Then the weights are judged: what can
+be seen without ground truth must have improved. docs/adapting.md explains when this helps and what it cannot see.
+
+All further flags are train_flow.py's, for example --learning_rate 5e-5. The same command resumes after an
+interruption. Exit codes: 0, the weights are accepted; 5, they are not, or the labels are not worth training on.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flow_data.atomic_write import atomic_write
+from flow_data.optional_packages import MissingPackageError
+from flow_data.out_of_memory import explain_out_of_memory
+from flow_data.shipped_files import PRETRAINED, find_model
+from flow_inference.pseudo_labels import DEVICE_HELP, add_label_flags
+from flow_training.config import TrainingConfig, parse_config, without_token
+from flow_training.curriculum import TRAINER, Stage
+from flow_training.hub import CARD, PUBLISHED_FILES
+from flow_training.ops.launcher import SignalForwarder
+from flow_training.run_log import FILE_NAME as LOG_NAME
+from flow_training.run_log import read_log, to_json
+
+# torch is imported once the arguments are known to be good, so that --help and mistakes take no time.
+if TYPE_CHECKING:
+    import torch
+
+    from flow_inference.labels import LabelledPair, PseudoLabels
+    from modeling_raft import RaftForOpticalFlow
+
+PROG = "flow_training.adapt"
+NOT_ACCEPTED = 5  # exit code
+LABELS, TRAINED, HELD_OUT = "labels", "train.csv", "held_out.csv"  # folder, and tables in it
+RECORD, PICTURE, REJECTED = "adaptation.json", "before_after.png", "rejected"
+STEPS_PER_PAIR, MOST_STEPS = 4, 400  # of pairs to train on, each direction one, in batches of 1
+GPU_BATCH = 4
+SET_BY_ADAPT = {
+    "model_name_or_path": "give --model",
+    "pairs_path": "it is trained on the labels",
+    "train_mix": "give --mix_synthetic",
+    "dataset_name": "it is trained on the labels",
+    "resume_from_checkpoint": "an adaptation in progress is always resumed",
+    "validation_sets": "give --guard",
+}
+
+
+def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into the arguments of this program and flags of train_flow.py."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {PROG}",
+        usage="%(prog)s INPUT [INPUT ...] --model STUDENT [--teacher MODEL] --output_dir DIR [--flag value ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="videos; folders of frames, or of such folders; lists of frames "
+        "(.txt); tables of pairs (.csv, .jsonl); images, which are one clip together")  # fmt: skip
+    add("--model", help="weights to adapt: a folder, a repository id or a file of weights; default: the shipped "
+        f"{PRETRAINED}")  # fmt: skip
+    add("--teacher", help="weights that estimate the labels; default: those of --model")
+    add("--output_dir", required=True, type=Path, help="folder for labels, weights, card, log and pictures")
+    add("--config", default="adapt", help="settings of the training; default: adapt, which ships with the project")
+    add("--force", action="store_true", help="train although the teacher does not explain the footage better")
+    add("--guard", nargs="+", default=[], metavar="SOURCE", help="labelled data on which the end-point error must not "
+        "rise by more than 5 %%: SOURCE or SOURCE:SPLIT, as validation_sets of train_flow.py")  # fmt: skip
+    add("--mix_synthetic", type=float, default=0.0, metavar="SHARE", help="share of synthetic pairs among those that "
+        "are trained on, 0 to 0.9, against forgetting; default: 0")  # fmt: skip
+    add_label_flags(parser)
+    add("--device", help=f"for labels and judge: {DEVICE_HELP}")
+    add("--launch", help="options of accelerate launch, in quotes; default: one process")
+    known = {name for action in parser._actions for name in action.option_strings}
+    own: list[str] = []
+    flags: list[str] = []
+    target = own  # what stands before the first flag is an input
+    for word in argv:
+        if is_flag(word):
+            target = own if word.partition("=")[0] in known else flags
+        target.append(word)
+    args = parser.parse_args(own)
+    if not 0 <= args.mix_synthetic <= 0.9:
+        parser.error(f"--mix_synthetic must be between 0 and 0.9; got {args.mix_synthetic:g}")
+    for name in flag_names(flags) & SET_BY_ADAPT.keys():
+        parser.error(f"--{name} cannot be given: {SET_BY_ADAPT[name]}")
+    return args, flags
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word of the command line is a flag, and not a text in quotes that begins with one."""
+    return word.startswith("--") and " " not in word.partition("=")[0]
+
+
+def flag_names(flags: Sequence[str]) -> set[str]:
+    """The names of flags, without their values."""
+    return {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in flags if is_flag(word)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Label, check the teacher, train, judge; each phase is skipped where it is done."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, flags = parse_args(argv)
+    parse_config(trainer_arguments(args, flags))  # mistakes in flags are found now, not after the labels
+    again = f"resume with:  {shlex.join(['python', '-m', PROG, *without_token(argv)])}"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends it as Ctrl-C does
+    try:
+        return adapt(args, flags, again)
+    except Exception as error:
+        message = explain_out_of_memory(error, "the adaptation", "Reduce the frames, or give another --device.")
+        if message is None and not isinstance(error, (ValueError, OSError, MissingPackageError)):
+            raise
+        sys.exit(f"{PROG}: error: {message or error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{PROG}: stopped; {again}")
+
+
+def adapt(args: argparse.Namespace, flags: list[str], again: str) -> int:
+    """Run the phases that are not done yet.
+
+    Args:
+        args: Of this program.
+        flags: Of train_flow.py.
+        again: How to resume, for messages.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError, OSError: Something is wrong with settings or files.
+    """
+    from flow_inference.devices import choose_device
+    from flow_training.judge import split_pairs
+    from flow_training.ops.lock import RunLock
+
+    device = choose_device(args.device)
+    record = open_record(args, flags)
+    lock = RunLock(args.output_dir / LABELS)
+    try:
+        save_record(args.output_dir, record)
+        labels = label(args, device, record)
+        if labels is None:
+            return refuse(args.output_dir, record, "no labels", record["labels"]["reasons"])
+        trained, held_out = split_pairs(labels.pairs)
+        write_tables(labels.folder, trained, held_out)
+        report(f"labels: {labels.description}; {len(held_out)} pairs are held out, {len(trained)} are trained on")
+        check_labels(args, flags, device, record, labels)
+        if reasons := record["teacher_check"]["reasons"]:
+            if not args.force:
+                return refuse(args.output_dir, record, "not trained; --force does", reasons)
+            for reason in reasons:
+                report(f"warning: {reason}")
+        if "accepted" not in record:
+            code = train(args, flags, device, len(trained), again)
+            if code != 0:
+                return code
+            judge(args, flags, device, record, trained, held_out)
+        return finish(args.output_dir, record)
+    finally:
+        lock.close()
+
+
+# ---- the record of what is done ----
+
+
+def open_record(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
+    """Read the record of an adaptation in progress, or begin one.
+
+    Raises:
+        ValueError: The folder holds something else.
+    """
+    folder, path = args.output_dir, args.output_dir / RECORD
+    settings = {
+        "inputs": args.inputs,
+        "model": args.model or PRETRAINED,
+        "teacher": args.teacher,
+        "config": args.config,
+        "every": args.every,
+        "gap": args.gap,
+        "max_pairs": args.max_pairs,
+        "mix_synthetic": args.mix_synthetic,
+        "guard": args.guard,
+        "flags": without_token(flags),
+    }
+    if not path.exists():
+        found = [each.name for each in (folder / LOG_NAME, folder / "model.safetensors") if each.exists()]
+        if found:
+            raise ValueError(f"{folder} holds another run ({found[0]}): choose another output_dir, or remove it")
+        return {"settings": settings}
+    record: dict[str, Any] = json.loads(path.read_text())
+    changes = [
+        f"{name} was {record['settings'].get(name)}, is {value} now"
+        for name, value in settings.items()
+        if record["settings"].get(name) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} holds an adaptation with other settings: {'; '.join(changes)}. Choose another output_dir, or "
+            "remove it"
+        )
+    return record
+
+
+def save_record(output_dir: Path, record: dict[str, Any]) -> None:
+    """Write the record, completely or not at all."""
+    with atomic_write(output_dir / RECORD) as partial:
+        partial.write_text(to_json(record, indent=2) + "\n")
+
+
+# ---- phases ----
+
+
+def label(args: argparse.Namespace, device: "torch.device", record: dict[str, Any]) -> "PseudoLabels | None":
+    """Write the labels, or read them where they are complete; None where there are none to learn from."""
+    from flow_inference.footage import open_clips
+    from flow_inference.labels import TABLE, NoLabelsError, make_labels, read_labels
+
+    folder = args.output_dir / LABELS
+    if (folder / TABLE).exists():
+        return read_labels(folder)
+    name = args.teacher or args.model
+    try:
+        return make_labels(
+            load(name, device),
+            name or PRETRAINED,
+            open_clips(args.inputs),
+            folder,
+            every=args.every,
+            gaps=args.gap,
+            max_pairs=args.max_pairs,
+        )
+    except NoLabelsError as error:
+        record["labels"] = {"reasons": [str(error)]}
+        return None
+
+
+def write_tables(folder: Path, trained: "Sequence[LabelledPair]", held_out: "Sequence[LabelledPair]") -> None:
+    """Write the tables of pairs to train on and of pairs that are held out."""
+    from flow_inference.labels import format_table, table_rows
+
+    for name, pairs in ((TRAINED, trained), (HELD_OUT, held_out)):
+        with atomic_write(folder / name) as partial:
+            partial.write_text(format_table([row for pair in pairs for row in table_rows(pair)]))
+
+
+def check_labels(
+    args: argparse.Namespace,
+    flags: list[str],
+    device: "torch.device",
+    record: dict[str, Any],
+    labels: "PseudoLabels",
+) -> None:
+    """Check the teacher, and evaluate the student on what guards it, before training; both are recorded."""
+    from flow_training.judge import check_teacher
+
+    if "teacher_check" in record:
+        return
+    config = parse_config(trainer_arguments(args, flags))
+    student = load(args.model, device)
+    own_labels = args.teacher is None or find_model(args.teacher) == find_model(args.model)
+    check = check_teacher(student, labels.pairs, config.num_flow_updates, own_labels)
+    if args.guard:
+        from flow_training.data import validation_sets
+        from flow_training.evaluation import evaluate_sets
+        from flow_training.processes import make_accelerator
+
+        accelerator, _ = make_accelerator(config)
+        reports = evaluate_sets(student.to(accelerator.device), validation_sets(config), accelerator)  # type: ignore
+        record["guard_before"] = {name: report["metrics"]["epe"] for name, report in reports.items()}
+    record["teacher_check"] = check
+    save_record(args.output_dir, record)
+    if not own_labels:
+        report(f"teacher: census error {check['teacher']:.4f}, student {check['student']:.4f}")
+
+
+def train(args: argparse.Namespace, flags: list[str], device: "torch.device", num_pairs: int, again: str) -> int:
+    """Run train_flow.py in a process of its own, or resume it; returns its exit code."""
+    import torch
+
+    arguments = trainer_arguments(args, flags, num_pairs, on_gpu=device.type == "cuda")
+    stage = Stage("adapt", arguments, parse_config(arguments))
+    if stage.is_done():
+        return 0
+    launch = shlex.split(args.launch) if args.launch is not None else [
+        *("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", str(torch.get_num_threads())),
+        *(["--cpu"] if device.type == "cpu" else []),
+    ]  # fmt: skip
+    with SignalForwarder(TRAINER, PROG) as signals:
+        code = signals.run(
+            [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch, str(TRAINER), *arguments]
+        )
+    if code == 0 and not stage.is_done():
+        code = 1 if signals.signal is None else 128 + signals.signal
+    if code != 0:
+        report(f"the training ended with exit code {code}; {again}")
+    return code
+
+
+def trainer_arguments(
+    args: argparse.Namespace, flags: list[str], num_pairs: int = 1, on_gpu: bool = False
+) -> list[str]:
+    """The command line of train_flow.py.
+
+    Args:
+        args: Of this program.
+        flags: Of train_flow.py, as given.
+        num_pairs: Pairs of frames to train on.
+        on_gpu: The training has a GPU.
+    """
+    given = flag_names(flags)
+    arguments = ["--config", args.config, *flags]
+    fixed = [
+        *("--model_name_or_path", args.model or PRETRAINED, "--output_dir", str(args.output_dir)),
+        *("--pairs_path", str(args.output_dir / LABELS / TRAINED), "--resume_from_checkpoint", "auto"),
+        *(["--validation_sets", *args.guard] if args.guard else []),
+    ]
+    if on_gpu and "total_batch_size" not in given:
+        arguments += ["--total_batch_size", str(GPU_BATCH)]
+    config: TrainingConfig = parse_config([*arguments, *fixed])
+    steps, batch = config.max_train_steps, config.total_batch_size
+    if "max_train_steps" not in given:
+        steps = max(steps, min(STEPS_PER_PAIR * 2 * num_pairs // batch, MOST_STEPS))
+        arguments += ["--max_train_steps", str(steps)]
+    if args.mix_synthetic > 0:  # an epoch is about the run, so that all synthetic pairs are different
+        synthetic = max(1, round(args.mix_synthetic * steps * batch))
+        repeats = max(1, round((1 - args.mix_synthetic) * steps * batch / (2 * num_pairs)))
+        arguments += ["--train_mix", f"{{pairs: {repeats}, synthetic: 1}}", "--synthetic_num_pairs", str(synthetic)]
+    return [*arguments, *fixed]
+
+
+def judge(
+    args: argparse.Namespace,
+    flags: list[str],
+    device: "torch.device",
+    record: dict[str, Any],
+    trained: "Sequence[LabelledPair]",
+    held_out: "Sequence[LabelledPair]",
+) -> None:
+    """Compare the weights before and after training, and record whether they are accepted."""
+    from PIL import Image
+
+    from flow_training.judge import check_guard, check_student, draw_before_after
+
+    updates = parse_config(trainer_arguments(args, flags)).num_flow_updates
+    before, after = load(args.model, device), load(str(args.output_dir), device)
+    judged = held_out or trained
+    check = check_student(before, after, judged, updates)
+    if args.guard:
+        last = read_log(args.output_dir / LOG_NAME)[-1]
+        record["guard_after"] = {name: last[f"validation/{name}/epe"] for name in record["guard_before"]}
+        check["reasons"] += check_guard(record["guard_before"], record["guard_after"])
+    with atomic_write(args.output_dir / PICTURE) as partial:
+        Image.fromarray(draw_before_after(before, after, judged, updates)).save(partial)
+    record |= {
+        "judge": check | {"held_out": len(held_out), "trained": len(trained)},
+        "accepted": not check["reasons"],
+    }
+    add_to_card(args.output_dir / CARD, describe_judge(record))
+    save_record(args.output_dir, record)
+
+
+def finish(output_dir: Path, record: dict[str, Any]) -> int:
+    """Report the result; weights that are not accepted are moved into a folder of their own."""
+    for line in describe_judge(record):
+        report(line)
+    if record["accepted"]:
+        report(f"accepted: the weights are in {output_dir}, {PICTURE} shows flow before and after")
+        return 0
+    rejected = output_dir / REJECTED
+    rejected.mkdir(exist_ok=True)
+    names = [path.name for pattern in PUBLISHED_FILES for path in output_dir.glob(pattern)]
+    for name in sorted(set(names), key=lambda name: not name.endswith(".safetensors")):  # no weights without a card
+        os.replace(output_dir / name, rejected / name)
+    return refuse(output_dir, record, f"the weights are in {rejected}", record["judge"]["reasons"])
+
+
+def refuse(output_dir: Path, record: dict[str, Any], outcome: str, reasons: Sequence[str]) -> int:
+    """Report why the adaptation is not accepted; returns the exit code."""
+    save_record(output_dir, record)
+    for reason in reasons:
+        print(f"{PROG}: not accepted: {reason}", file=sys.stderr)
+    print(f"{PROG}: not accepted: {outcome}", file=sys.stderr)
+    return NOT_ACCEPTED
+
+
+# ---- what is said ----
+
+
+def describe_judge(record: dict[str, Any]) -> list[str]:
+    """What was measured, in sentences."""
+    check, teacher = record["judge"], record["teacher_check"]
+    (before, after), (failing_before, failing_after) = check["distance"], check["failing"]
+    where = (
+        f"on {check['held_out']} pairs of frames that were held out"
+        if check["held_out"]
+        else "on the pairs that were trained on: there are too few to hold any out, so what this shows is damage and "
+        "not whether other frames of the footage gain"
+    )
+    lines = [
+        f"distance to the teacher's labels: {before:.3f} -> {after:.3f} px, {where}",
+        f"pixels whose forward and backward flow disagree: {100 * failing_before:.1f} -> {100 * failing_after:.1f} %",
+        f"census error of the labels {teacher['teacher']:.4f}, of the model before training {teacher['student']:.4f}",
+    ]
+    for name, error in record.get("guard_before", {}).items():
+        lines.append(f"end-point error on {name}: {error:.3f} -> {record['guard_after'][name]:.3f} px")
+    return lines
+
+
+def add_to_card(path: Path, lines: Sequence[str]) -> None:
+    """Add what was measured to a model card, in place of what an earlier call has added."""
+    text = re.sub(r"## Adaptation\n.*?(?=^## Limits)", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    section = (
+        "## Adaptation\n\nThese weights were adapted without ground truth, so nothing here is an error of flow:\n\n"
+        + "".join(f"- {line}\n" for line in lines)
+        + "\n"
+    )
+    with atomic_write(path) as partial:
+        partial.write_text(text.replace("## Limits\n", f"{section}## Limits\n", 1))
+
+
+def load(name: str | None, device: "torch.device") -> "RaftForOpticalFlow":
+    """Load weights in eval mode."""
+    from modeling_raft.convert_raft_checkpoint import load_raft
+
+    return load_raft(find_model(name)).eval().to(device)  # type: ignore[arg-type]  # transformers hides torch's
+
+
+def report(text: str) -> None:
+    print(f"{PROG}: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""Adaptation without ground truth: what the judge refuses, and a command that can be killed in every phase."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from moving_shapes import moving_shapes
+from PIL import Image
+from safetensors.torch import load_file
+from test_pseudo_labels import calm_model
+from tiny_run import PROJECT, environment, free_port
+
+from flow_data.flow_io import write_flow
+from flow_data.formats.masks import encode_mask
+from flow_inference.labels import LabelledPair
+from flow_training import judge
+from flow_training.adapt import RECORD, main, parse_args, trainer_arguments
+from flow_training.config import parse_config
+from flow_training.data import validation_sets
+from flow_training.judge import census_error, check_guard, check_student, check_teacher, split_pairs
+from flow_training.run_log import read_log
+
+VELOCITIES = [(3, -2), (-4, 3)]
+
+
+# ---- the judge ----
+
+
+@pytest.fixture(scope="module")
+def footage():
+    return moving_shapes(2, 72, 88, VELOCITIES, seed=3)
+
+
+def true_flow(video) -> torch.Tensor:
+    """Flow of both directions, `(2, 2, H, W)`."""
+    velocities = np.array(VELOCITIES, np.float32)
+    flows = np.stack([velocities[video.layers[0]], -velocities[video.layers[1]]])
+    return torch.from_numpy(flows).permute(0, 3, 1, 2)
+
+
+def write_pair(folder: Path, frames: np.ndarray, flow: torch.Tensor, name: str = "p") -> LabelledPair:
+    """A pair with labels that are valid everywhere."""
+    folder.mkdir(exist_ok=True)
+    paths = {kind: tuple(folder / f"{name}_{kind}{i}{end}" for i in (1, 2)) for kind, end in
+             (("frame", ".png"), ("flow", ".flo"), ("valid", ".png"))}  # fmt: skip
+    for i in range(2):
+        Image.fromarray(frames[i]).save(paths["frame"][i])
+        write_flow(paths["flow"][i], flow[i].permute(1, 2, 0).contiguous().numpy())
+        paths["valid"][i].write_bytes(encode_mask(np.ones(frames[0].shape[:2], bool)))
+    return LabelledPair(name, paths["frame"], paths["flow"], paths["valid"])
+
+
+def predicting(monkeypatch, **flows: torch.Tensor) -> None:
+    """Let models be names, whose flow is given."""
+    monkeypatch.setattr(judge, "predict_both", lambda model, frames, updates: flows[model])
+
+
+def test_the_census_error_follows_the_flow_and_not_the_light(footage):
+    first, second = torch.from_numpy(footage.frames).permute(0, 3, 1, 2)[:, None].float()
+    flow = true_flow(footage)[:1]
+    mask = ~torch.from_numpy(footage.occluded[:1])
+
+    def mean(second, flow):
+        total, count = census_error(first, second, flow, mask)
+        return total / count
+
+    right, wrong = mean(second, flow), mean(second, flow + 1.5)
+    assert right < 0.3 * wrong
+    assert mean((second + 30).clip(max=255), flow) < 0.5 * wrong  # changed light
+    assert census_error(first, second, flow, torch.zeros_like(mask)) == (0.0, 0)
+
+
+def test_a_teacher_must_explain_the_frames_better_than_the_student(footage, tmp_path, monkeypatch):
+    right = true_flow(footage)
+    wrong = right + torch.tensor([0.8, 0.6]).reshape(1, 2, 1, 1) * torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+    predicting(monkeypatch, right=right, wrong=wrong)
+    good, bad = (write_pair(tmp_path / n, footage.frames, f) for n, f in (("good", right), ("bad", wrong)))
+    better = check_teacher("wrong", [good], 12, own_labels=False)
+    assert better["reasons"] == [] and better["teacher"] < better["student"] < better["displaced"]
+    assert "no better than the student" in check_teacher("right", [bad], 12, own_labels=False)["reasons"][0]
+    assert "no better than the student" in check_teacher("right", [good], 12, own_labels=False)["reasons"][0]  # equal
+    assert check_teacher("none", [good], 12, own_labels=True)["reasons"] == []
+
+
+def test_noise_bears_out_no_labels(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 72, 88, 3), np.uint8)
+    still = torch.zeros(2, 2, 72, 88)
+    predicting(monkeypatch, student=still + torch.tensor([3.0, -3.0]).reshape(2, 1, 1, 1))
+    pair = write_pair(tmp_path, noise, still)
+    for own_labels in (False, True):
+        assert "do not bear out" in check_teacher("student", [pair], 12, own_labels)["reasons"][0]
+
+
+def test_a_student_must_come_closer_to_the_labels_and_agree_with_itself(footage, tmp_path, monkeypatch):
+    labels = true_flow(footage)
+    there_and_back = torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+    torn = labels.clone()
+    torn[0, :, :36] += 4  # near the labels elsewhere, but its directions disagree in a half
+    predicting(monkeypatch, far=labels + 3 * there_and_back, near=labels + there_and_back, torn=torn,
+               broken=labels * torch.nan)  # fmt: skip
+    pair = write_pair(tmp_path, footage.frames, labels)
+    good = check_student("far", "near", [pair], 12)
+    assert good["reasons"] == []
+    assert good["distance"] == pytest.approx([3 * 2**0.5, 2**0.5], rel=1e-5)
+    for before, after, reason in (
+        ("near", "far", "distance to the teacher's labels has not fallen"),
+        ("near", "near", "distance to the teacher's labels has not fallen"),
+        ("far", "torn", "disagree on more pixels"),
+        ("far", "broken", "has not fallen"),
+    ):
+        assert any(reason in line for line in check_student(before, after, [pair], 12)["reasons"]), (before, after)
+
+
+def test_a_guard_refuses_what_is_lost_elsewhere():
+    assert check_guard({"a": 1.0, "b": 2.0}, {"a": 1.05, "b": 1.0}) == []
+    assert (
+        "on b has risen by more than 5 %: 2.000 -> 2.200 px"
+        in check_guard({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.2})[0]
+    )
+    assert len(check_guard({"a": 1.0}, {"a": float("nan")})) == 1
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (4, 0), (5, 1), (14, 1), (30, 3)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_tenth_is_held_out_and_shares_no_frame(count, held_out, shared):
+    def frames(i):
+        return (Path(f"{i}"), Path(f"{i + 1}")) if shared else (Path(f"{i}a"), Path(f"{i}b"))
+
+    pairs = [LabelledPair(str(i), frames(i), (), ()) for i in range(count)]
+    trained, held = split_pairs(pairs)
+    assert len(held) == held_out and trained
+    assert not {f for pair in trained for f in pair.frames} & {f for pair in held for f in pair.frames}
+    assert len(trained) >= count - 3 * held_out if shared else len(trained) == count - held_out
+
+
+# ---- settings ----
+
+
+def test_flags_of_the_trainer_are_told_from_those_of_the_command():
+    argv = "a.mp4 b --model m --learning_rate 1e-3 --gap 1 3 --output_dir out --crop_size 64 72 --force".split()
+    args, flags = parse_args(argv)
+    assert (args.inputs, args.model, args.gap, args.force) == (["a.mp4", "b"], "m", [1, 3], True)
+    assert flags == "--learning_rate 1e-3 --crop_size 64 72".split()
+    config = parse_config(trainer_arguments(args, flags, num_pairs=3))
+    assert (config.learning_rate, config.crop_size, config.model_name_or_path) == (1e-3, [64, 72], "m")
+    assert (config.train_mix, config.total_batch_size, config.max_train_steps) == ({"pairs": 1}, 1, 120)
+
+
+def test_steps_grow_with_the_footage():
+    args, flags = parse_args(["a", "--output_dir", "out"])
+    steps = [parse_config(trainer_arguments(args, flags, pairs)).max_train_steps for pairs in (1, 15, 20, 50, 500)]
+    assert steps == [120, 120, 160, 400, 400]
+    assert parse_config(trainer_arguments(args, flags, 1, on_gpu=True)).total_batch_size == 4
+    args, flags = parse_args(["a", "--output_dir", "out", "--max_train_steps", "7"])
+    assert parse_config(trainer_arguments(args, flags, 500)).max_train_steps == 7
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_synthetic_pairs_have_their_share_of_an_epoch(share):
+    args, flags = parse_args(["a", "--output_dir", "out", "--mix_synthetic", str(share)])
+    config = parse_config(trainer_arguments(args, flags, num_pairs=6))
+    labelled = 12 * config.train_mix["pairs"]
+    assert config.synthetic_num_pairs / (config.synthetic_num_pairs + labelled) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a", "--output_dir", "o", "--train_mix", "{synthetic: 1}"], "--train_mix cannot be given"),
+        (["a", "--output_dir", "o", "--mix_synthetic", "1.5"], "between 0 and 0.9"),
+        (["a", "--output_dir", "o", "--learning_rat", "1"], "did you mean"),
+        (["missing.mp4", "--output_dir", "OUT"], "missing.mp4"),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([word.replace("OUT", str(tmp_path / "o")) for word in argv])
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+def test_validation_pairs_are_their_own(tmp_path):
+    for name in ("trained", "held_out"):
+        write_pair(tmp_path / name, np.zeros((2, 16, 16, 3), np.uint8), torch.zeros(2, 2, 16, 16))
+        rows = "p_frame1.png,p_frame2.png,p_flow1.flo\n"
+        (tmp_path / name / f"{name}.csv").write_text("image1,image2,flow\n" + rows * (1 if name == "trained" else 1))
+    flags = ["--output_dir", "o", "--train_mix", "{pairs: 1}", "--pairs_path", str(tmp_path / "trained")]
+    own = ["--validation_pairs_path", str(tmp_path / "held_out")]
+    for extra, expected in (([], "trained"), (own, "held_out")):
+        ((name, rows, _),) = validation_sets(parse_config([*flags, "--validation_sets", "pairs", *extra]))
+        assert name == "pairs" and Path(rows[0]["image1"]["path"]).parent.name == expected
+    with pytest.raises(SystemExit):
+        parse_config([*flags, *own])
+
+
+# ---- the whole command, in processes of its own ----
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """Two models and a clip."""
+    folder = tmp_path_factory.mktemp("adapt")
+    for seed, name in ((0, "student"), (1, "teacher")):
+        calm_model(seed).save_pretrained(folder / name)
+    (folder / "clip").mkdir()
+    for number, frame in enumerate(moving_shapes(7, 136, 144, [(1, 0), (-2, 1)]).frames):
+        Image.fromarray(frame).save(folder / "clip" / f"{number}.png")
+    return folder
+
+
+def command(tiny: Path, output_dir: Path, *flags: str) -> list[str]:
+    settings = "--max_train_steps 12 --learning_rate 2e-5 --crop_size 128 128 --num_flow_updates 3 --logging_steps 1 "
+    settings += "--checkpointing_steps 2 --dataloader_num_workers 0 --report_to none --device cpu"
+    launch = f"--num_processes 1 --cpu --num_cpu_threads_per_process 1 --main_process_port {free_port()}"
+    models = ["--model", str(tiny / "student"), "--teacher", str(tiny / "teacher"), "--output_dir", str(output_dir)]
+    return [sys.executable, "-m", "flow_training.adapt", str(tiny / "clip"), *models, *settings.split(),
+            "--launch", launch, *flags]  # fmt: skip
+
+
+def run(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, timeout=600, **kwargs)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_every_phase_equals_an_uninterrupted_one(tiny, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = run(*command(tiny, whole, "--force"))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    def labelled() -> bool:
+        path = cut / "labels" / "labels.json"
+        return path.exists() and len(json.loads(path.read_text())["pairs"]) >= 3
+
+    def trained() -> bool:
+        path = cut / "train_log.jsonl"
+        return path.exists() and any(line["step"] >= 5 for line in read_log(path))
+
+    def weights() -> bool:
+        return (cut / "model.safetensors").exists()
+
+    argv = command(tiny, cut, "--force")
+    for reached in (labelled, trained, weights):
+        process = subprocess.Popen(
+            argv, env=environment(), cwd=PROJECT, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while not reached():
+            assert process.poll() is None and time.monotonic() < deadline, reached.__name__
+            time.sleep(0.01)
+        kill_session(process)
+        assert "accepted" not in json.loads((cut / RECORD).read_text())
+    result = run(*argv)
+    assert result.returncode == 0, result.stdout + result.stderr
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (cut, whole))
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+    records = [json.loads((folder / RECORD).read_text()) for folder in (cut, whole)]
+    assert records[0] == records[1] and records[0]["accepted"] is True
+    assert [line["step"] for line in read_log(cut / "train_log.jsonl")] == list(range(1, 13))
+
+    check = records[0]["judge"]
+    assert check["held_out"] == 1 and check["distance"][1] < check["distance"][0]
+    card = (whole / "README.md").read_text()
+    assert (
+        "Adapted without ground truth" in card and str(tiny / "teacher") in card and card.count("## Adaptation") == 1
+    )
+    assert "that were held out" in card and np.asarray(Image.open(whole / "before_after.png")).std() > 10
+
+    again = run(*argv)
+    assert again.returncode == 0 and "accepted" in again.stdout
+    other = run(*argv[:-1], "--force", "--seed", "5")
+    assert other.returncode == 1 and "flags was" in other.stderr
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    """SIGKILL the command and the training below it, which has a session of its own."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for child in children:
+        try:
+            os.kill(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    psutil.wait_procs(children, timeout=30)
+
+
+@pytest.mark.slow
+def test_weights_that_the_judge_refuses_are_kept_apart(tiny, tmp_path):
+    """The teacher is no better, which is said before training; with --force, a destructive learning rate ends it."""
+    output_dir = tmp_path / "run"
+    result = run(*command(tiny, output_dir))
+    assert result.returncode == 5 and "not accepted: " in result.stderr and "--force" in result.stderr
+    assert not (output_dir / "train_log.jsonl").exists()
+    broken = run(*command(tiny, tmp_path / "other", "--force", "--learning_rate", "3"))
+    assert broken.returncode == 5 and "not accepted" in broken.stderr, broken.stdout + broken.stderr
+    assert not (tmp_path / "other" / "model.safetensors").exists()
+    rejected = tmp_path / "other" / "rejected"
+    assert {"model.safetensors", "config.json", "README.md"} <= {path.name for path in rejected.iterdir()}
+    again = run(*command(tiny, tmp_path / "other", "--force", "--learning_rate", "3"))
+    assert again.returncode == 5
