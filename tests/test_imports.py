@@ -17,7 +17,6 @@ except SystemExit:
 """
 COMMANDS = ["train_flow", "evaluate_flow", "predict_flow", "flow_training.curriculum", "flow_training.hub"]
 COMMANDS += ["flow_training.plot_log", "flow_data.preview", "app"]
-COMMANDS += ["flow_training.plot_log", "flow_data.preview"]
 COMMANDS += ["flow_training.adapt", "flow_inference.pseudo_labels"]
 
 
