@@ -35,7 +35,7 @@ test: $(INSTALLED)
 
 # for the edit loop, under 90 seconds: no test that takes seconds or starts processes
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" --numprocesses 2 --dist loadfile
 
 # the page in a real browser: installs Debian's Chromium where there is none and it may; else the tests are skipped
 test-browser: $(INSTALLED)
