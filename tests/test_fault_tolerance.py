@@ -183,7 +183,7 @@ def test_a_full_disk_at_the_end_loses_no_step(tmp_path):
 def test_two_runs_do_not_share_a_folder(tmp_path):
     output_dir = tmp_path / "run"
     process = start(output_dir, **SETTINGS | {"max_train_steps": "1000", "dataloader_num_workers": "2"})
-    wait_for_step(process, output_dir, 1)
+    wait_for_step(process, output_dir, 3)  # there is a checkpoint, of step 2
     second = train(output_dir, *AUTO, **SETTINGS)
     assert second.returncode == 1 and f"another run writes into {output_dir} (process {process.pid}" in second.stderr
     process.kill()  # its workers live on for a moment; the lock does not
