@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 XDIST := --numprocesses 2 --dist loadfile --durations=15
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" $(XDIST)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow and not gpu and not browser" $(XDIST) --ignore tests/test_fault_tolerance.py --ignore tests/test_ema.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow and not gpu and not browser" $(XDIST) -k "not test_fault_tolerance and not test_ema"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_fault_tolerance.py tests/test_ema.py $(XDIST)
 
 # for the edit loop, under 90 seconds: no test that takes seconds or starts processes
