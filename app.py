@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from modeling_raft import RaftForOpticalFlow
 
 MAX_UPLOAD = "100mb"
-MAX_FRAME_PIXELS = 16_000_000  # of a picture: a phone's; flow of that size takes 128 MB
+MAX_FRAME_PIXELS = 16_000_000  # of a frame: that of a phone's camera; flow of that size takes 128 MB
 MAX_VIDEO_FRAMES, MAX_VIDEO_SIDE = 120, 960  # of a video: so long, and so large, that it takes minutes on a CPU
 SHOWN_SIDE = 1024  # pixels of the images in the page
 KEEP_SECONDS = 3600  # uploads and results
@@ -186,7 +186,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-# ---- What visitors may give, and what they are told ----
+# ---- Uploads, settings and messages ----
 
 
 @functools.lru_cache(maxsize=2)
@@ -227,7 +227,7 @@ def choose_model(settings: Settings, default: str | None, serves_others: bool) -
 
 
 def check_picture(path: str, name: str) -> None:
-    """Refuse a picture that is too large, before it is decoded; what is no picture is refused by its decoder."""
+    """Refuse an image that is too large before it is decoded; its decoder refuses what is no image."""
     import PIL.Image
 
     try:
@@ -303,7 +303,7 @@ def predict_two_frames(
         The result, a summary, and the color wheel.
 
     Raises:
-        ValueError, OSError: A picture cannot be read, or they differ in size.
+        ValueError, OSError: An image cannot be read, or they differ in size.
     """
     import numpy as np
     from PIL import Image
@@ -657,7 +657,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         from flow_inference.cancellation import cancellable
 
         if path1 is None or path2 is None:
-            raise ValueError("Give two frames: drop a picture on each field, or click an example.")
+            raise ValueError("Give two frames: drop an image on each field, or click an example.")
         for path, name in ((path1, "frame 1"), (path2, "frame 2")):
             check_picture(path, name)
         settings = make_settings(chosen)

@@ -13,7 +13,7 @@ the pixel of frame 1. In color images, the hue is the direction and the saturati
 Frames may be of any image format and depth. Images with an EXIF orientation are turned upright. Those of 16 bits are
 mapped to 8 bits by one linear range of intensities for all: that of the first two, or --intensity_range.
 
-Many sources are shared among the processes of a launch. What is complete is skipped, so that the same command goes on
+Many sources are shared among the processes of a launch. What is complete is skipped, so that the same command resumes
 after an interruption. Sources that cannot be read are reported at the end, with exit code 4.
 """
 
@@ -360,7 +360,7 @@ def predict_many(args: argparse.Namespace) -> None:
         args.report.write_text(json.dumps(report.as_json() | {"exit_code": code}, indent=2) + "\n")
     print(f"{args.output}: {report}")
     if stop():
-        sys.exit("predict_flow.py: stopped; what is complete is kept, and the same command goes on from there")
+        sys.exit("predict_flow.py: stopped; what is complete is kept, and the same command resumes")
     if report.failed:
         sys.exit(SOME_FAILED)
 

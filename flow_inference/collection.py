@@ -4,6 +4,7 @@ Every process takes the largest source that nobody works on, writes its flow und
 is complete. Decoding, model and writing overlap: one thread reads ahead, one writes behind.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -183,7 +184,7 @@ def predict_collection(
         lists: Files with further inputs, as in `find_sources`.
         shard: (index, count): compute only one of `count` parts of the collection, `index` from 1 on.
         fail_fast: Stop at the first source that cannot be read.
-        stop: Asked after each pair; True ends the run, to be gone on with by the same call.
+        stop: Asked after each pair; True ends the run; the same call resumes it.
         show_progress: Show a progress bar, in the process with rank 0.
         model_name: For the manifest.
 
@@ -293,7 +294,7 @@ class _Run:
         parent = os.getppid() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else os.getpid()
         run = f"{socket.gethostname()}-{parent}-{process_birth(parent)}-{next(_calls)}"
         self.batch_size = options.batch_size if isinstance(options.batch_size, int) else AUTO_BATCH_SIZE
-        # The first one to look at the settings: wrong ones are an error before anything is written.
+        # Checks the settings: wrong ones are an error before anything is written.
         video = FlowVideo(model, [], **options.video_settings(self.batch_size))
         self.settings = dataclasses.asdict(options) | {
             "num_flow_updates": video.num_flow_updates,
@@ -447,8 +448,7 @@ class _Run:
                     self.batch_size //= 2
                     writer.submit(partial(self._discard, job))
                     self.skipping.add(unit.key)
-                    for _ in _quietly(stream):
-                        pass
+                    _drain(stream)
                     job = self._open_job(unit, FrameConverter(self.options.intensity_range))
                     frames = _unit_frames(unit, job.converter)
                     continue
@@ -459,8 +459,7 @@ class _Run:
                 job.error = job.error or (error if message is None else ValueError(message))
             break
         self.skipping.add(unit.key)
-        for _ in _quietly(stream):  # what is left of a unit that has failed
-            pass
+        _drain(stream)
         self.skipping.discard(unit.key)
         writer.submit(partial(self._finish, job))
 
@@ -714,9 +713,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _quietly(frames: Iterator[Any]) -> Iterator[Any]:
-    """Yield what is left, up to the end or an error."""
-    try:
-        yield from frames
-    except Exception:
-        return
+def _drain(frames: Iterator[Any]) -> None:
+    """Read the rest of a unit that has failed, so that the frames of the next one follow."""
+    with contextlib.suppress(Exception):  # whatever else is wrong with it, its first error is the one to report
+        for _ in frames:
+            pass

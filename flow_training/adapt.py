@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 PROG = "flow_training.adapt"
 NOT_ACCEPTED = 5  # exit code
 LABELS, TRAINED, HELD_OUT = "labels", "train.csv", "held_out.csv"  # folder, and tables in it
-RECORD, PICTURE, REJECTED = "adaptation.json", "before_after.png", "rejected"
+RECORD, IMAGE, REJECTED = "adaptation.json", "before_after.png", "rejected"
 STEPS_PER_PAIR, MOST_STEPS = 4, 400  # of pairs to train on, each direction one, in batches of 1
 GPU_BATCH = 4
 SET_BY_ADAPT = {
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--model", help="weights to adapt: a folder, a repository id or a file of weights; default: the shipped "
         f"{PRETRAINED}")  # fmt: skip
     add("--teacher", help="weights that estimate the labels; default: those of --model")
-    add("--output_dir", required=True, type=Path, help="folder for labels, weights, card, log and pictures")
+    add("--output_dir", required=True, type=Path, help="folder for labels, weights, card, log and images")
     add("--config", default="adapt", help="settings of the training; default: adapt, which ships with the project")
     add("--force", action="store_true", help="train although the teacher does not explain the footage better")
     add("--guard", nargs="+", default=[], metavar="SOURCE", help="labelled data on which the end-point error must not "
@@ -395,7 +395,7 @@ def judge(
     record["guard_after"] = {name: math.nan if error is None else error for name, error in errors.items()}
     limits = {name: MAX_GUARD_LOSS if name in args.guard else MAX_SYNTHETIC_LOSS for name in guards(args)}
     check["reasons"] += check_guard(record["guard_before"], record["guard_after"], limits)
-    with atomic_write(args.output_dir / PICTURE) as partial:
+    with atomic_write(args.output_dir / IMAGE) as partial:
         Image.fromarray(draw_before_after(before, after, judged, updates)).save(partial)
     record |= {
         "judge": check | {"held_out": len(held_out), "trained": len(trained)},
@@ -410,7 +410,7 @@ def finish(output_dir: Path, record: dict[str, Any]) -> int:
     for line in describe_judge(record):
         report(line)
     if record["accepted"]:
-        report(f"accepted: the weights are in {output_dir}, {PICTURE} shows flow before and after")
+        report(f"accepted: the weights are in {output_dir}, {IMAGE} shows flow before and after")
         return 0
     rejected = output_dir / REJECTED
     rejected.mkdir(exist_ok=True)
@@ -429,7 +429,7 @@ def refuse(output_dir: Path, record: dict[str, Any], outcome: str, reasons: Sequ
     return NOT_ACCEPTED
 
 
-# ---- what is said ----
+# ---- messages ----
 
 
 def describe_judge(record: dict[str, Any]) -> list[str]:

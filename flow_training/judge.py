@@ -139,7 +139,7 @@ def check_teacher(
         reasons.append("there is no pixel whose flow both models follow to the other frame and back")
     elif teacher > DISTINGUISHED * displaced:
         reasons.append(
-            f"the frames do not bear out the labels: their census error is {teacher:.4f}, and {displaced:.4f} where "
+            f"the frames do not support the labels: their census error is {teacher:.4f}, and {displaced:.4f} where "
             f"they are wrong by {DISPLACEMENT[0]:g} px (noise, or nothing to see)"
         )
     elif not own_labels and teacher >= own:
@@ -211,7 +211,7 @@ def check_guard(before: dict[str, float], after: dict[str, float], limits: dict[
     ]
 
 
-# ---- pictures ----
+# ---- visualization ----
 
 
 def draw_before_after(
