@@ -95,7 +95,7 @@ def test_noise_bears_out_no_labels(tmp_path, monkeypatch):
     predicting(monkeypatch, student=still + torch.tensor([3.0, -3.0]).reshape(2, 1, 1, 1))
     pair = write_pair(tmp_path, noise, still)
     for own_labels in (False, True):
-        assert "do not bear out" in check_teacher("student", [pair], 12, own_labels)["reasons"][0]
+        assert "do not support" in check_teacher("student", [pair], 12, own_labels)["reasons"][0]
 
 
 def test_a_student_must_come_closer_to_the_labels_and_agree_with_itself(footage, tmp_path, monkeypatch):

@@ -504,7 +504,7 @@ def test_sigterm_ends_after_the_frame_and_says_how_to_go_on(model, inputs, tmp_p
     wait_for(lambda: list(output.glob(".flow_state/partial/*")), process)
     process.terminate()
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and "the same command goes on from there" in errors
+    assert process.returncode == 1 and "the same command resumes" in errors
     assert not list(output.glob(".flow_state/partial/*")) and not list(output.glob(".flow_state/claims/*"))
     assert run_command(*argv[1:]) == 4
     assert checksums(output) == undisturbed
