@@ -257,7 +257,10 @@ def _open_stream(path: Path) -> Iterator[tuple[Any, Any]]:
             found = f"only {kinds}" if kinds else "nor anything else: its index may be damaged"
             raise ValueError(f"{path}: must be a video, and there are no moving images in it, {found}")
         shown = container.streams.best("video")  # FFmpeg's rule, as in players
-        yield container, shown if shown in streams else streams[0]
+        stream = shown if shown in streams else streams[0]
+        if stream.codec_context is None:
+            raise ValueError(f"{path}: FFmpeg has no decoder for its images, or its beginning or index is damaged")
+        yield container, stream
 
 
 def _is_cover(stream: Any) -> bool:
