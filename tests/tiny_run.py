@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked_process import ForkedProcess
+
 from flow_training.run_log import read_log
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -58,22 +60,20 @@ def environment() -> dict[str, str]:
 
 def train(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.CompletedProcess:
     """Run train_flow.py to its end."""
-    argv = command(output_dir, *switches, processes=processes, **settings)
-    return subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, timeout=600)
+    process = start(output_dir, *switches, processes=processes, **settings)
+    printed, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
 
 
-def start(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.Popen:
+def start(
+    output_dir: Path, *switches: str, processes: int = 1, **settings: str | None
+) -> subprocess.Popen | ForkedProcess:
     """Start train_flow.py, in a process group of its own."""
+    if processes == 1:
+        return ForkedProcess(PROJECT / "train_flow.py", flags(output_dir, *switches, **settings), environment())
     argv = command(output_dir, *switches, processes=processes, **settings)
-    return subprocess.Popen(
-        argv,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        cwd=PROJECT,
-        start_new_session=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(argv, env=environment(), cwd=PROJECT, start_new_session=True, **pipes)
 
 
 def free_port() -> int:

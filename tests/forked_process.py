@@ -1,0 +1,97 @@
+"""Real processes of a program that start at once: forked from a server that has imported the program already.
+
+A training run of a test takes a second, the imports of a new interpreter take five. What a test needs an interpreter
+of its own for (a launcher, other environment variables at import, limits) it starts with `subprocess`.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+START_METHOD = multiprocessing.get_start_method()  # that of an interpreter, for the workers of a program
+
+
+class ForkedProcess:
+    """`python SCRIPT ARGV` in a session of its own; the part of `subprocess.Popen` that tests use.
+
+    Args:
+        script: The program. Its modules are imported by the server at the first call.
+        argv: Its arguments.
+        environment: Its environment variables; those that are read at import are the ones of the first call.
+    """
+
+    def __init__(self, script: Path, argv: Sequence[str], environment: Mapping[str, str]):
+        self.args = [sys.executable, str(script), *argv]
+        self._output = [tempfile.NamedTemporaryFile(mode="w+") for _ in ("stdout", "stderr")]
+        _start_server(script.stem, environment)
+        names = [file.name for file in self._output]
+        self._process = CONTEXT.Process(target=_run, args=(script, list(argv), dict(environment), names, START_METHOD))
+        self._process.start()
+        self.pid = self._process.pid
+        while os.path.exists(f"/proc/{self.pid}") and os.getpgid(self.pid) != self.pid:  # else killpg finds no group
+            time.sleep(0.001)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative after a signal; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end, and return what was printed to standard output and to standard error."""
+        self.wait(timeout)
+        return tuple(Path(file.name).read_text() for file in self._output)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _start_server(module: str, environment: Mapping[str, str]) -> None:
+    """Start the server if it is not running; it imports the module in the given environment."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        CONTEXT.set_forkserver_preload([module])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run(script: Path, argv: list[str], environment: dict[str, str], output: list[str], start_method: str) -> None:
+    os.setsid()
+    multiprocessing.set_start_method(start_method, force=True)
+    os.chdir(script.parent)
+    for descriptor, name in enumerate(output, 1):
+        file = os.open(name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [str(script), *argv]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
