@@ -17,17 +17,25 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from flow_data.file_names import FORMAT_SUFFIXES
 from flow_data.optional_packages import MissingPackageError, needs_extra
 from flow_data.shipped_files import PRETRAINED, find_model
+from flow_inference.page_results import (
+    MAX_VIDEO_SIDE,
+    PAIR_FORMATS,
+    SHOWN_SIDE,
+    PairJob,
+    Settings,
+    explain,
+    pixel_at,
+    predict_two_frames,
+    predict_video,
+    python_code,
+)
 
 # torch and gradio are imported once the arguments are known to be good, so that --help takes no time.
 if TYPE_CHECKING:
@@ -38,16 +46,12 @@ if TYPE_CHECKING:
 
 MAX_UPLOAD = "100mb"
 MAX_FRAME_PIXELS = 16_000_000  # of a frame: that of a phone's camera; flow of that size takes 128 MB
-MAX_VIDEO_FRAMES, MAX_VIDEO_SIDE = 120, 960  # of a video: so long, and so large, that it takes minutes on a CPU
-SHOWN_SIDE = 1024  # pixels of the images in the page
+MAX_VIDEO_FRAMES = 120  # so long a video takes minutes on a CPU
 KEEP_SECONDS = 3600  # uploads and results
 SWEEP_SECONDS = 300
 MAX_WAITING = 20  # visitors in the queue
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SERVER_PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:;,'\"()]+/)+")  # the folders of an absolute path
-OUT_OF_MEMORY = "Choose a smaller longest side."  # advice
 
-PAIR_FORMATS = {"flo": "flow.flo", "npz": "flow.npz", "kitti": "flow_kitti.png", "color": "flow_color.png"}
 ZIP_FORMATS = {"none": None, ".flo": "flo", ".npz": "npz", "KITTI .png": "kitti", "color .png": "color"}
 VIEWS = {  # name in the page -> key of `draw_views`, and what it shows
     "Flow": ("flow", "Color is the direction of motion and saturation its length: the wheel has the pixels."),
@@ -87,36 +91,6 @@ ALTERNATIVE_TEXTS = """() => {
     new MutationObserver(describe).observe(document.body, {childList: true, subtree: true, attributes: true});
     describe();
 }"""
-
-
-class PairJob(NamedTuple):
-    """The files of a result of two frames.
-
-    Args:
-        folder: With `flow.npy`, `(2, H, W)` in pixels, and `VIEW.jpg`, the images of the page.
-        size: (height, width) of the frames.
-        views: Keys of `draw_views` that there are.
-    """
-
-    folder: Path
-    size: tuple[int, int]
-    views: list[str]
-
-
-class Settings(NamedTuple):
-    """What a visitor has chosen, for both kinds of predictions."""
-
-    num_flow_updates: int
-    max_side: int
-    mixed_precision: str | None  # None: as `FlowVideo` chooses
-    model: str
-    weights: str | None  # an uploaded file
-
-    def source(self) -> str:
-        """Of the model, as in Python code."""
-        if self.weights:
-            return repr(Path(self.weights).name)
-        return repr(self.model.strip()) if self.model.strip() else "pretrained_path()"
 
 
 class Workspace:
@@ -242,21 +216,6 @@ def check_picture(path: str, name: str) -> None:
         )
 
 
-def explain(error: Exception) -> str:
-    """Return a sentence for the page about an error, in which no folder of the server is named."""
-    from flow_data.out_of_memory import explain_out_of_memory
-
-    message = explain_out_of_memory(error, "the prediction", OUT_OF_MEMORY)
-    if message is None and isinstance(error, FileNotFoundError):
-        message = f"{error}. Uploads and results are deleted after an hour: give the files again."
-    if message is None and isinstance(error, (ValueError, OSError, MissingPackageError)):
-        message = str(error)
-    if message is None:
-        traceback.print_exception(error)
-        message = "An error occurred in the program; the terminal in which it runs has the details."
-    return SERVER_PATH.sub("", message)
-
-
 def note(text: str, kind: str = "") -> str:
     """A message in the page, which screen readers read at once."""
     import html
@@ -289,210 +248,6 @@ def reports_errors(num_outputs: int) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
-
-
-# ---- The predictions ----
-
-
-def predict_two_frames(
-    path1: str, path2: str, settings: Settings, model: "RaftForOpticalFlow", backward: bool, folder: Path
-) -> tuple[PairJob, str, "np.ndarray"]:
-    """Predict as predict_flow.py does, and write the images of the page and the files to download.
-
-    Returns:
-        The result, a summary, and the color wheel.
-
-    Raises:
-        ValueError, OSError: An image cannot be read, or they differ in size.
-    """
-    import numpy as np
-    from PIL import Image
-
-    from flow_data.visualize import draw_scale, longest_vector
-    from flow_inference.outputs import FlowFileWriter
-    from flow_inference.pair_images import draw_views
-    from flow_inference.video import FlowVideo
-
-    start = time.perf_counter()
-    video = FlowVideo(
-        model,
-        [path1, path2],
-        num_flow_updates=settings.num_flow_updates,
-        warm_start=False,
-        backward=backward,
-        max_side=settings.max_side,
-        duplicate_tolerance=None,
-        mixed_precision=settings.mixed_precision,
-    )
-    (pair,) = video
-    seconds = time.perf_counter() - start
-    flow, (height, width) = pair.flow.cpu(), pair.flow.shape[-2:]
-    np.save(folder / "flow.npy", flow.numpy())
-    views = draw_views(pair, SHOWN_SIDE)
-    for name, image in views.items():
-        Image.fromarray(image).save(folder / f"{name}.jpg", quality=90, subsampling=0)
-    notes = []
-    for format, name in PAIR_FORMATS.items():
-        writer = FlowFileWriter(functools.partial(_always, folder / name), format)
-        try:
-            writer.write(pair)
-        except ValueError as error:  # the format can hold none of it
-            notes.append(f"{error}.")
-        if loss := writer.describe_loss():
-            notes.append(f"{name}: {loss}.")
-    lengths = np.hypot(*flow.numpy())
-    summary = (
-        f"**{width} x {height} px, {pair.num_flow_updates} updates, {seconds:.1f} s.** Mean length "
-        f"{lengths.mean():.2f} px, longest {lengths.max():.2f} px."
-    )
-    if pair.cut:
-        notes.append("The frames have little in common, and this flow hardly means anything.")
-    if pair.flat:
-        notes.append("A frame is of one color, so nothing can be matched and the flow means nothing.")
-    if video.mapped_range is not None:
-        notes.append("Intensities {:g} to {:g} of the frames were mapped to 0 to 255.".format(*video.mapped_range))
-    return PairJob(folder, (height, width), list(views)), " ".join([summary, *notes]), draw_scale(longest_vector(flow))
-
-
-def _always(path: Path, index: int) -> Path:
-    return path
-
-
-def pixel_at(job: PairJob, x: float, y: float) -> tuple[str, "np.ndarray", "np.ndarray"]:
-    """Describe the flow of a pixel, and mark it in frame 1 and its place in frame 2.
-
-    Raises:
-        ValueError: There is no such pixel.
-    """
-    import numpy as np
-    from PIL import Image
-
-    from flow_inference.pair_images import mark_pixel
-
-    height, width = job.size
-    if x is None or y is None or not (0 <= x < width and 0 <= y < height):
-        raise ValueError(f"pixel must be within 0 to {width - 1} and 0 to {height - 1}; got {x}, {y}")
-    x, y = int(x), int(y)
-    u, v = (float(value) for value in np.load(job.folder / "flow.npy", mmap_mode="r")[:, y, x])
-    leaves = "" if -0.5 <= x + u < width - 0.5 and -0.5 <= y + v < height - 0.5 else ", outside of the frame"
-    text = (
-        f"Pixel ({x}, {y}): flow (u, v) = ({u:+.2f}, {v:+.2f}) px, length {np.hypot(u, v):.2f} px; "
-        f"in frame 2 at ({x + u:.2f}, {y + v:.2f}){leaves}."
-    )
-    frames = [np.asarray(Image.open(job.folder / f"frame{number}.jpg")) for number in (1, 2)]
-    return text, mark_pixel(frames[0], x, y, job.size), mark_pixel(frames[1], x + u, y + v, job.size)
-
-
-def python_code(path1: str, path2: str, settings: Settings, backward: bool) -> str:
-    """The Python code that predicts the same."""
-    names = ", ".join(f'"{Path(path).name}"' for path in (path1, path2))
-    options = [f"num_flow_updates={settings.num_flow_updates}", f"max_side={settings.max_side}"]
-    options += ["backward=True"] if backward else []
-    options += [f'mixed_precision="{settings.mixed_precision}"'] if settings.mixed_precision else []
-    options.append("duplicate_tolerance=None")
-    return (
-        "from flow_inference import FlowVideo, pretrained_path\n"
-        "from modeling_raft.convert_raft_checkpoint import load_raft\n\n"
-        f"model = load_raft({settings.source()})\n"
-        f"(pair,) = FlowVideo(model, [{names}], {', '.join(options)})\n"
-        "flow = pair.flow  # (2, height, width), x to the right, then y down, in pixels\n"
-    )
-
-
-def video_frames(reader: Any, max_frames: int) -> Iterator["np.ndarray"]:
-    """Yield the first frames of a video, those that are too large reduced."""
-    from flow_inference.pair_images import resize_image
-
-    for frame in islice(reader, max_frames):
-        yield resize_image(frame, MAX_VIDEO_SIDE) if max(frame.shape[:2]) > MAX_VIDEO_SIDE else frame
-
-
-def predict_video(
-    path: str,
-    settings: Settings,
-    model: "RaftForOpticalFlow",
-    zip_format: str | None,
-    folder: Path,
-    stop: threading.Event,
-    report: Callable[[int, int | None], None],
-    max_frames: int,
-) -> tuple[str, list[Path], str]:
-    """Predict as predict_flow.py --video does, and write the video of the page and the files to download.
-
-    Args:
-        path: Of the video.
-        settings: As they were chosen.
-        model: What predicts.
-        zip_format: Of a file of flow for each pair, as `FORMAT_SUFFIXES` has it; None: none.
-        folder: To write to.
-        stop: Ends the prediction, when it is set, with what there is.
-        report: Called after each pair with their number so far, and the number of all if it is known.
-        max_frames: Frames after these are ignored.
-
-    Returns:
-        The timeline; the video of the page, the video of colors, perhaps the archive, or nothing if it was stopped
-        before the first pair; and what went wrong, or was left out.
-
-    Raises:
-        ValueError, OSError: It is no video, or it has not two frames.
-    """
-    from flow_inference.cancellation import CancelledError, cancellable
-    from flow_inference.outputs import FlowFileWriter, FlowVideoWriter
-    from flow_inference.pair_images import draw_beside
-    from flow_inference.timeline import describe_timeline, draw_timeline, measure_motion
-    from flow_inference.video import FlowVideo
-    from flow_inference.video_files import VideoReader, VideoWriter
-
-    reader = VideoReader(path)
-    total = None if reader.num_frames is None else min(reader.num_frames, max_frames) - 1
-    video = FlowVideo(
-        model,
-        video_frames(reader, max_frames),
-        num_flow_updates=settings.num_flow_updates,
-        max_side=settings.max_side,
-        mixed_precision=settings.mixed_precision,
-    )
-    shown, colors, archive = folder / "frames_and_flow.mp4", folder / "flow.mp4", folder / "flow.zip"
-    files = None
-    if zip_format is not None:
-        suffix = FORMAT_SUFFIXES[zip_format]
-        files = FlowFileWriter(lambda index: folder / f"frame_{index + 1:06d}{suffix}", zip_format)
-    motions, notes = [], []
-    try:
-        with (
-            cancellable(model, stop.is_set),
-            VideoWriter(shown, reader.frame_rate) as both,
-            FlowVideoWriter(colors, reader.frame_rate) as writer,
-            zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed,
-        ):
-            for pair in video:
-                writer.write(pair)
-                both.write(draw_beside(pair.frame1, pair.flow, writer.scale))
-                if files is not None:
-                    files.write(pair)
-                    (written,) = files.paths(pair.index)
-                    packed.write(written, written.name)
-                    written.unlink()
-                motions.append(measure_motion(pair))
-                report(len(motions), total)
-                if stop.is_set():
-                    raise CancelledError
-    except CancelledError:
-        notes.append(f"Stopped after {len(motions)} of {total or 'an unknown number of'} pairs.")
-    except (ValueError, OSError) as error:  # damage in the middle of a video, or two sizes
-        if not motions:
-            raise
-        notes.append(f"{explain(error)}. The result is of the {len(motions)} pairs before.")
-    if not motions:
-        if not notes:
-            raise ValueError(f"{Path(path).name}: flow takes two frames, and there is one")
-        return "", [], " ".join(notes)
-    if not stop.is_set() and len(motions) + 1 == max_frames and (reader.num_frames or max_frames + 1) > max_frames:
-        notes.append(f"This is of the first {max_frames} frames.")
-    if files is not None and (loss := files.describe_loss()):
-        notes.append(f"{loss}.")
-    timeline = f"{draw_timeline(motions, reader.frame_rate)}<p>{describe_timeline(motions, reader.frame_rate)}</p>"
-    return timeline, [shown, colors, *([archive] if files is not None else [])], " ".join(notes)
 
 
 # ---- The page ----
