@@ -32,7 +32,9 @@ def test_prediction_passes_its_arguments_and_exit_code_on(tmp_path, code):
 
 def test_prediction_is_requeued_where_the_time_limit_stops_it(tmp_path):
     """Slurm signals the shell; the program gets SIGTERM, ends in its own time, and the job is put into the queue."""
-    write_command(tmp_path, "python", "trap 'echo stopped; exit 1' TERM; sleep 1; kill -TERM $PPID; sleep 20 & wait $!")
+    write_command(
+        tmp_path, "python", "trap 'echo stopped; exit 1' TERM; sleep 1; kill -TERM $PPID; sleep 20 & wait $!"
+    )
     write_command(tmp_path, "scontrol", 'echo "$@"')
     result = run(tmp_path, "predict.sbatch", "videos/", SLURM_JOB_ID="12")
     assert result.stdout.splitlines() == ["stopped", "requeue 12"] and result.returncode == 1
