@@ -12,6 +12,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,13 @@ def files(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, subprocess.Popen]]:
     """The page as `make demo` starts it, in a process of its own."""
+    with serve([str(PROJECT / "app.py")]) as started:
+        yield started
+
+
+@contextmanager
+def serve(program: list[str], **environment: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Start a program that serves the page at `--port`, and wait until it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -71,8 +79,9 @@ def server() -> Iterator[tuple[str, subprocess.Popen]]:
         "PYTHONPATH": str(PROJECT),
         "NO_PROXY": "127.0.0.1",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        **environment,
     }
-    process = subprocess.Popen([sys.executable, PROJECT / "app.py", "--port", str(port)], env=environment)
+    process = subprocess.Popen([sys.executable, *program, "--port", str(port)], env=environment)
     url = f"http://127.0.0.1:{port}/"
     try:
         for _ in range(600):
@@ -320,6 +329,37 @@ def test_wrong_video(visit, files):
     page.locator("#compute_video").click()
     message = text_of(page, "#video_message", "text.mp4")
     assert "no video" in message and "/" not in message
+
+
+def test_a_file_that_is_too_large_is_refused(visit, tmp_path):
+    """The page says so, and the server keeps none of it."""
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(101_000_000)
+    page = visit()
+    page.locator("#file1 input[type=file]").set_input_files(str(tmp_path / "large.png"))
+    page.wait_for_selector("text=/exceeds the maximum/")
+    page.locator("#compute").click()
+    text_of(page, "#pair_message", "Give two frames")
+
+
+def test_uploads_and_results_are_deleted(files, browser, tmp_path):
+    """After an hour: here, after seconds."""
+    program = "import sys, app; app.KEEP_SECONDS, app.SWEEP_SECONDS = 20, 1; app.main(sys.argv[1:])"
+    with serve(["-c", program], GRADIO_TEMP_DIR=str(tmp_path), TMPDIR=str(tmp_path)) as (url, _):
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(url)
+        compute_flow(page, files / "first.png", files / "second.png")
+        present = {path.name for path in tmp_path.rglob("*")}
+        assert {"first.png", "second.png", "flow.flo", "flow.jpg"} <= present
+        deadline = time.monotonic() + 120
+        while present & {"first.png", "second.png", "flow.flo", "flow.jpg"}:
+            assert time.monotonic() < deadline, present
+            time.sleep(0.5)
+            present = {path.name for path in tmp_path.rglob("*")}
+        page.locator("#compute").click()
+        assert "deleted after an hour" in text_of(page, "#pair_message", "give the files again")
+        page.close()
 
 
 def test_two_visitors(visit, files):
