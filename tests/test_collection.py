@@ -26,8 +26,8 @@ from flow_data.formats.jpeg_flow import read_flow_jpeg, write_flow_jpeg
 from flow_data.formats.video_hdf5 import FlowHdf5Writer, read_flow_hdf5
 from flow_inference import FlowVideo, pretrained_path
 from flow_inference.collection import CollectionOptions, predict_collection
-from flow_inference.collection_sources import choose_shard, find_sources, measure, read_list
-from flow_inference.collection_state import CollectionState
+from flow_inference.collection.sources import choose_shard, find_sources, measure, read_list
+from flow_inference.collection.state import CollectionState
 from flow_inference.estimator import FlowEstimator
 from flow_inference.video_files import VideoReader, VideoWriter
 from modeling_raft import RaftForOpticalFlow

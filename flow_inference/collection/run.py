@@ -1,7 +1,6 @@
-"""Flow of a whole collection: many videos and folders of frames, by any number of processes, none lost.
+"""One process's part in a collection: it takes units of work, computes, writes and records them.
 
-Every process takes the largest source that nobody works on, writes its flow under another name, and renames it when it
-is complete. Decoding, model and writing overlap: one thread reads ahead, one writes behind.
+Decoding, model and writing overlap: one thread reads ahead, one writes behind.
 """
 
 import contextlib
@@ -10,11 +9,9 @@ import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,135 +23,25 @@ import numpy as np
 import torch
 
 from flow_data.file_names import COLLECTION_FORMATS, FORMAT_SUFFIXES
-from flow_data.formats.jpeg_flow import BOUND
 from flow_data.out_of_memory import explain_out_of_memory, is_out_of_memory
 from flow_inference.background import ReadAhead, WriteBehind
-from flow_inference.collection_sources import FlowSource, check_outputs, choose_shard, find_sources, measure
-from flow_inference.collection_state import CollectionState, key_of, process_birth, publish, remove_partial
-from flow_inference.outputs import FlowArchiveWriter, FlowFileWriter, describe_format_loss
+from flow_inference.collection.options import CollectionOptions
+from flow_inference.collection.report import CollectionReport, ProgressBar
+from flow_inference.collection.sources import FlowSource, check_outputs, choose_shard, find_sources, measure
+from flow_inference.collection.state import CollectionState, key_of, process_birth, publish, remove_partial
+from flow_inference.collection.units import OVERLAP, Unit, plan_units, read_unit
+from flow_inference.outputs import FlowArchiveWriter, FlowFileWriter
 from flow_inference.video import FlowVideo, VideoFlow
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.frames_raft import FrameConverter
 
 READ_AHEAD, WRITE_BEHIND = 6, 6  # frames, pairs
-OVERLAP = 8  # pairs before a piece, from which warm start, scene cuts and duplicates are taken up
 AUTO_BATCH_SIZE = 16  # halved whenever memory runs out
 PATIENCE = 10.0  # seconds in which other processes of a launch write how far they came, once there is no more to do
 WAIT = 1.0  # seconds between two looks at what other processes compute
-_calls = itertools.count()
 FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of the output's disk, which no other source would escape
 OUT_OF_MEMORY = "Estimate on smaller frames with max_side."  # advice
-
-
-@dataclass(frozen=True)
-class CollectionOptions:
-    """What the outputs of a collection depend on, besides frames and weights.
-
-    Args:
-        format: A key of `FORMAT_SUFFIXES` or `COLLECTION_FORMATS` (`flow_data.file_names`).
-        backward: Also write backward flow.
-        occlusion: Also write occlusion masks as images.
-        confidence: Also write the forward-backward error and the occlusion mask as arrays.
-        color_scale: Length of flow in pixels that is fully saturated in color images.
-        bound: Pixels at which JPEG images clip flow.
-        split_frames: Frames of the pieces that long sources are cut into, so that several processes share one; None:
-            sources are whole.
-        batch_size: As in `FlowVideo`, as are all that follow; `"auto"`: as many as memory holds, 16 at most.
-    """
-
-    format: str = "flo"
-    backward: bool = False
-    occlusion: bool = False
-    confidence: bool = False
-    color_scale: float | None = None
-    bound: float = BOUND
-    split_frames: int | None = None
-    batch_size: int | str = 1
-    num_flow_updates: int | None = None
-    warm_num_flow_updates: int | None = None
-    warm_start: bool = True
-    max_side: int | None = None
-    min_side: int | None = None
-    mixed_precision: str | None = None
-    intensity_range: tuple[float, float] | None = None
-    tolerance: float | None = None
-
-    def __post_init__(self) -> None:
-        formats = (*FORMAT_SUFFIXES, *COLLECTION_FORMATS)
-        if self.format not in formats:
-            raise ValueError(f"format must be one of {', '.join(formats)}; got {self.format}")
-        if self.occlusion and self.format == "h5":
-            raise ValueError("occlusion writes images beside files of each pair; with format h5 use confidence")
-        if self.split_frames is not None and self.split_frames < 2:
-            raise ValueError(f"split_frames must be at least 2; got {self.split_frames}")
-        if not (math.isfinite(self.bound) and self.bound > 0):
-            raise ValueError(f"bound must be a positive number of pixels; got {self.bound}")
-        if isinstance(self.batch_size, str) and self.batch_size != "auto":
-            raise ValueError(f"batch_size must be a whole number or auto; got {self.batch_size}")
-
-    def video_settings(self, batch_size: int) -> dict[str, Any]:
-        """Return the arguments of `FlowVideo`."""
-        names = (
-            *("num_flow_updates", "warm_num_flow_updates", "warm_start", "max_side", "min_side"),
-            *("mixed_precision", "intensity_range", "tolerance"),
-        )
-        backward = self.backward or self.occlusion or self.confidence
-        return {name: getattr(self, name) for name in names} | {"backward": backward, "batch_size": batch_size}
-
-
-@dataclass
-class CollectionReport:
-    """What a run has done.
-
-    Args:
-        sources: Number of sources of the collection, or of its shard.
-        done: Those whose flow is complete.
-        skipped: Those of them that were complete before the run.
-        failed: Input, output name and reason of each source that cannot be read or written.
-        pairs: Pairs of frames of the sources that this run has completed, in all of its processes.
-        seconds: Duration of the run.
-        stopped: The run was asked to stop, or has stopped at the first failure.
-        lost: Share of the pixels, 0 to 1, whose flow the format cannot hold, a mean over the sources of this run.
-        processes: Rank, pairs, seconds, pairs a second and share of the time with the model busy, of each process.
-        settings: What the outputs depend on.
-    """
-
-    sources: int
-    done: int
-    skipped: int
-    failed: list[dict[str, Any]]
-    pairs: int
-    seconds: float
-    stopped: bool
-    lost: float
-    processes: list[dict[str, Any]]
-    settings: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as plain values."""
-        rate = self.pairs / self.seconds if self.seconds > 0 else 0.0
-        return dataclasses.asdict(self) | {"unfinished": self.unfinished, "pairs_per_second": rate}
-
-    @property
-    def unfinished(self) -> int:
-        """Number of sources that are neither complete nor failed."""
-        return self.sources - self.done - len(self.failed)
-
-    def __str__(self) -> str:
-        before = f" ({self.skipped} before)" if self.skipped else ""
-        parts = [f"{self.sources} sources: {self.done} done{before}"]
-        if self.failed:
-            parts.append(f"{len(self.failed)} failed")
-        if self.unfinished:
-            parts.append(f"{self.unfinished} not finished")
-        rate = self.pairs / self.seconds if self.seconds > 0 else 0.0
-        lines = [f"{', '.join(parts)}; {self.pairs} pairs in {self.seconds:.1f} s, {rate:.2f} a second"]
-        for failure in self.failed:
-            source, reason = failure["input"], failure["reason"]
-            lines.append(f"failed: {reason}" if reason.startswith(source) else f"failed: {source}: {reason}")
-        if self.lost:
-            lines.append(describe_format_loss(self.lost, self.settings["format"], self.settings["bound"]))
-        return "\n".join(lines)
+_calls = itertools.count()
 
 
 def predict_collection(
@@ -227,28 +114,11 @@ def weights_checksum(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """What one process does at a time: a source, a piece of one, or joining the pieces.
-
-    `start` and `stop` are the first pair and the one after the last; `stop` is None at the end of a source. `pieces`
-    are those that are joined.
-    """
-
-    source: FlowSource
-    key: str
-    work: float
-    start: int = 0
-    stop: int | None = None
-    piece: int | None = None
-    pieces: tuple["_Unit", ...] = ()
-
-
 @dataclass
 class _Job:
     """A unit that is being computed, with its output, which only the writing thread touches."""
 
-    unit: _Unit
+    unit: Unit
     partial: Path
     open_writer: Callable[[Path], Any]
     converter: FrameConverter
@@ -306,7 +176,7 @@ class _Run:
         }
         self.state = CollectionState(output, run)
         self.state.check_settings({key: value for key, value in self.settings.items() if key != "model"})
-        self.units = sorted(_plan(sources, options.split_frames), key=lambda unit: (-unit.work, unit.key))
+        self.units = sorted(plan_units(sources, options.split_frames), key=lambda unit: (-unit.work, unit.key))
         self.pending = {unit.key: unit for unit in self.units}
         self.held: set[str] = set()  # claims of this process
         self.skipping: set[str] = set()  # units whose remaining frames nobody wants
@@ -317,7 +187,9 @@ class _Run:
         started = time.monotonic()
         self.state.clean()
         skipped = {source.name for source in self.sources if self._is_finished(self._unit_of(source))}
-        with self.state.alive(self.progress), _ProgressBar(self, skipped, show_progress and self.rank == 0):
+        known = (max(0, (source.num_frames or 1) - 1) for source in self.sources if source.name not in skipped)
+        bar = ProgressBar(self.state.workers, sum(known), show_progress and self.rank == 0)
+        with self.state.alive(self.progress), bar:
             self._work()
             self.progress["ended"] = True
         if self.rank == 0:
@@ -351,7 +223,7 @@ class _Run:
 
     # ---- Which unit is next ----
 
-    def _read(self) -> Iterator[tuple[_Unit, Any]]:
+    def _read(self) -> Iterator[tuple[Unit, Any]]:
         """Claim one unit after the other, and yield for each a None, its frames, and a None or an error."""
         while (unit := self._next_unit()) is not None:
             yield unit, None
@@ -360,7 +232,7 @@ class _Run:
             try:
                 converter = FrameConverter(self.options.intensity_range)
                 yield unit, converter
-                for frame in _unit_frames(unit, converter):
+                for frame in read_unit(unit, converter):
                     if unit.key in self.skipping:
                         break
                     yield unit, frame
@@ -368,7 +240,7 @@ class _Run:
             except Exception as error:
                 yield unit, error
 
-    def _next_unit(self) -> _Unit | None:
+    def _next_unit(self) -> Unit | None:
         """Claim the largest unit that is to be done; in the first process, wait while others compute the last ones."""
         while not self._stopping():
             for unit in list(self.pending.values()):
@@ -390,7 +262,7 @@ class _Run:
             time.sleep(WAIT)
         return None
 
-    def _is_finished(self, unit: _Unit) -> bool:
+    def _is_finished(self, unit: Unit) -> bool:
         """Return whether a unit needs no more work in this run."""
         record = self.state.record(unit.key)
         if record is None:
@@ -403,13 +275,13 @@ class _Run:
             return False
         return self._place_of(unit).exists()
 
-    def _pieces_ended(self, unit: _Unit) -> bool:
+    def _pieces_ended(self, unit: Unit) -> bool:
         return all(self._is_finished(piece) for piece in unit.pieces)
 
-    def _unit_of(self, source: FlowSource) -> _Unit:
-        return _Unit(source, key_of(source.name), source.work)
+    def _unit_of(self, source: FlowSource) -> Unit:
+        return Unit(source, key_of(source.name), source.work)
 
-    def _place_of(self, unit: _Unit) -> Path:
+    def _place_of(self, unit: Unit) -> Path:
         """Return where the complete output of a unit lies."""
         if unit.piece is not None:
             return self.state.folder / "pieces" / key_of(unit.source.name) / unit.key
@@ -421,7 +293,7 @@ class _Run:
 
     # ---- What is done with it ----
 
-    def _frames_of(self, unit: _Unit, events: Iterator[tuple[_Unit, Any]]) -> Iterator[Any]:
+    def _frames_of(self, unit: Unit, events: Iterator[tuple[Unit, Any]]) -> Iterator[Any]:
         """Yield the converter of a unit and its frames from the stream, up to the end of the unit."""
         for other, frame in events:
             assert other is unit
@@ -432,7 +304,7 @@ class _Run:
             yield frame
 
     def _compute(
-        self, unit: _Unit, stream: Iterator[Any], writer: WriteBehind, reader: ReadAhead, started: float
+        self, unit: Unit, stream: Iterator[Any], writer: WriteBehind, reader: ReadAhead, started: float
     ) -> None:
         """Estimate and write the flow of a unit."""
         frames: Iterator[np.ndarray] | None = None
@@ -448,9 +320,9 @@ class _Run:
                     self.batch_size //= 2
                     writer.submit(partial(self._discard, job))
                     self.skipping.add(unit.key)
-                    _drain(stream)
+                    drain(stream)
                     job = self._open_job(unit, FrameConverter(self.options.intensity_range))
-                    frames = _unit_frames(unit, job.converter)
+                    frames = read_unit(unit, job.converter)
                     continue
                 message = explain_out_of_memory(error, "the prediction", OUT_OF_MEMORY)
                 is_fatal = getattr(error, "errno", None) in FATAL or isinstance(error, ImportError)
@@ -459,7 +331,7 @@ class _Run:
                 job.error = job.error or (error if message is None else ValueError(message))
             break
         self.skipping.add(unit.key)
-        _drain(stream)
+        drain(stream)
         self.skipping.discard(unit.key)
         writer.submit(partial(self._finish, job))
 
@@ -491,7 +363,7 @@ class _Run:
         if job.pairs == 0 and unit.start == 0:
             raise ValueError("flow takes two frames, and there is one")
 
-    def _open_job(self, unit: _Unit, converter: FrameConverter) -> _Job:
+    def _open_job(self, unit: Unit, converter: FrameConverter) -> _Job:
         path = self.state.new_partial(self._place_of(unit).name or "output")
         path.parent.mkdir(parents=True, exist_ok=True)
         return _Job(unit, path, partial(self._open_writer, unit.source), converter)
@@ -550,7 +422,7 @@ class _Run:
         finally:
             self._release(unit.key)
 
-    def _join(self, unit: _Unit) -> None:
+    def _join(self, unit: Unit) -> None:
         """Make the output of a source of those of its pieces."""
         try:
             records = [self.state.record(piece.key) or {} for piece in unit.pieces]
@@ -568,7 +440,7 @@ class _Run:
                 path.mkdir(parents=True, exist_ok=True)
                 for piece in unit.pieces:
                     for file in self._place_of(piece).iterdir():
-                        _link(file, path / file.name)
+                        link_file(file, path / file.name)
             publish(path, self._place_of(unit))
             details = {name: sum(record[name] for record in records) for name in ("duplicates", "updates", "seconds")}
             pairs = [record["pairs"] for record in records]
@@ -585,12 +457,12 @@ class _Run:
         finally:
             self._release(unit.key)
 
-    def _record_done(self, unit: _Unit, pairs: int, details: dict[str, Any]) -> None:
+    def _record_done(self, unit: Unit, pairs: int, details: dict[str, Any]) -> None:
         record = self._record(unit, "done") | {"bytes": unit.source.num_bytes, "frames": pairs + 1, "pairs": pairs}
         record |= details | {"device": str(self.model.device), "settings": self.settings}
         self.state.write_record(unit.key, record)
 
-    def _record_failure(self, unit: _Unit, error: Exception) -> None:
+    def _record_failure(self, unit: Unit, error: Exception) -> None:
         before = self.state.record(unit.key) or {}
         runs = [*(before.get("runs", ()) if before.get("status") == "failed" else ()), self.state.run]
         reason = str(error) or type(error).__name__
@@ -599,7 +471,7 @@ class _Run:
         if self.fail_fast:
             self.failed_fast = True
 
-    def _record(self, unit: _Unit, status: str) -> dict[str, Any]:
+    def _record(self, unit: Unit, status: str) -> dict[str, Any]:
         record = {"input": str(unit.source.path), "output": unit.source.name, "status": status}
         return record if unit.piece is None else record | {"piece": unit.piece}
 
@@ -646,66 +518,7 @@ class _Run:
         )
 
 
-class _ProgressBar:
-    """One bar over all sources and processes: pairs done of those known, and each process's pairs a second."""
-
-    def __init__(self, run: _Run, skipped: set[str], shown: bool):
-        self.run, self.shown = run, shown
-        self.over = threading.Event()
-        self.total = sum(max(0, (source.num_frames or 1) - 1) for source in run.sources if source.name not in skipped)
-
-    def __enter__(self) -> "_ProgressBar":
-        if self.shown:
-            self.thread = threading.Thread(target=self._show, daemon=True)
-            self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        if self.shown:
-            self.thread.join()
-
-    def _show(self) -> None:
-        from tqdm.auto import tqdm
-
-        with tqdm(total=self.total, unit="pair") as bar:
-            over = False
-            while not over:
-                over = self.over.wait(1.0)
-                workers = self.run.state.workers()
-                bar.n = sum(worker["pairs"] for worker in workers)
-                bar.total = max(self.total, bar.n)
-                rates = [worker["pairs"] / worker["seconds"] for worker in workers if worker["seconds"]]
-                bar.set_postfix_str(" + ".join(f"{rate:.1f}" for rate in rates) + " pairs/s" if rates else "")
-
-
-def _plan(sources: Sequence[FlowSource], split_frames: int | None) -> Iterator[_Unit]:
-    """Yield the units of work: whole sources; or the pieces of long ones, and the joining of these."""
-    for source in sources:
-        key = key_of(source.name)
-        num_pairs = (source.num_frames or 0) - 1
-        if split_frames is None or num_pairs <= split_frames:
-            yield _Unit(source, key, source.work)
-            continue
-        count = -(-num_pairs // split_frames)
-        pieces = []
-        for piece in range(count):
-            start, is_last = piece * split_frames, piece == count - 1
-            piece_key = key_of(f"{source.name}#{start}-{'end' if is_last else start + split_frames}")
-            stop = None if is_last else start + split_frames
-            pieces.append(_Unit(source, piece_key, source.work / count, start, stop, piece))
-        yield from pieces
-        yield _Unit(source, key, 0.0, pieces=tuple(pieces))
-
-
-def _unit_frames(unit: _Unit, converter: FrameConverter) -> Iterator[np.ndarray]:
-    """Yield the frames of a unit, with those before it that its state is taken up from."""
-    first = max(0, unit.start - OVERLAP)
-    count = None if unit.stop is None else unit.stop - first + 1
-    return itertools.islice(unit.source.read(first, converter), count)
-
-
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
     """Give a file a second name, or copy it where the file system cannot."""
     try:
         os.link(source, target)
@@ -713,7 +526,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _drain(frames: Iterator[Any]) -> None:
+def drain(frames: Iterator[Any]) -> None:
     """Read the rest of a unit that has failed, so that the frames of the next one follow."""
     with contextlib.suppress(Exception):  # whatever else is wrong with it, its first error is the one to report
         for _ in frames:
