@@ -8,54 +8,31 @@ between curve and ideal, as a share of the error of all pixels, averaged over pa
 estimates and multi-hypotheses networks for optical flow): 0 is ideal.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.bench_accuracy import open_datasets
-from benchmarks.machine import describe_machine
-from benchmarks.options import positive, write_json
-from flow_data.datasets import DATASETS
-from flow_data.features import to_sample
+from benchmarks.real_pairs import make_parser, open_all, save_results
 from flow_inference import consistency_error, predict_pair
-from modeling_raft.convert_raft_checkpoint import load_raft
 
 DROPPED = np.arange(0, 1, 0.05)  # shares of the pixels
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", type=Path, required=True, help="folder of the data sets' own folders")
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--num_flow_updates", type=positive, default=12, help="(default: 12)")
-    parser.add_argument("--sources", nargs="*", help="data sets (default: all that are there)")
+    parser = make_parser(__doc__)
     parser.add_argument("--plot", type=Path, help="PNG of the curves; needs matplotlib")
-    parser.add_argument("--output", type=Path, help="JSON file of the results")
     args = parser.parse_args(argv)
-    try:
-        datasets = open_datasets(args.data_root)
-        models = {name: load_raft(name).eval() for name in args.models}
-    except (ValueError, OSError) as error:
-        sys.exit(f"benchmarks.bench_confidence: error: {error}")
-    datasets = {name: dataset for name, dataset in datasets.items() if not args.sources or name in args.sources}
-    results: dict[str, Any] = {}
-    for name, model in models.items():
-        curves = [
-            sparsify(*errors_of(model, to_sample(row), DATASETS[source].protocol.padding, args.num_flow_updates))
-            for source, dataset in datasets.items()
-            for row in dataset
-        ]
-        results[name] = summarize(curves)
+    models, pairs = open_all(args, "benchmarks.bench_confidence")
+    results = {
+        name: summarize([sparsify(*errors_of(model, *pair, args.num_flow_updates)) for pair in pairs])
+        for name, model in models.items()
+    }
     print(as_table(results))
     if args.plot is not None:
         plot(results, args.plot)
-    if args.output is not None:
-        settings = {"models": args.models, "sources": list(datasets), "num_flow_updates": args.num_flow_updates}
-        write_json(args.output, {"settings": settings, "machine": describe_machine("cpu"), "results": results})
+    save_results(args, len(pairs), results)
 
 
 def errors_of(model: Any, sample: Any, padding: str, num_flow_updates: int) -> tuple[np.ndarray, np.ndarray]:

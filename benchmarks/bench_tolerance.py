@@ -5,40 +5,23 @@
 Each pair is estimated from zero flow with each tolerance, and without one.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.bench_accuracy import open_datasets
-from benchmarks.machine import describe_machine
-from benchmarks.options import positive, write_json
-from flow_data.features import to_sample
+from benchmarks.real_pairs import make_parser, open_all, save_results
 from flow_inference.estimator import FlowEstimator
-from modeling_raft.convert_raft_checkpoint import load_raft
 
 TOLERANCES = (None, 0.02, 0.05, 0.1, 0.2, 0.5)  # pixels
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", type=Path, required=True, help="folder of the data sets' own folders")
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--num_flow_updates", type=positive, default=12, help="the most (default: 12)")
-    parser.add_argument("--sources", nargs="*", help="data sets (default: all that are there)")
-    parser.add_argument("--output", type=Path, help="JSON file of the results")
-    args = parser.parse_args(argv)
-    try:
-        datasets = open_datasets(args.data_root)
-        models = {name: load_raft(name).eval() for name in args.models}
-    except (ValueError, OSError) as error:
-        sys.exit(f"benchmarks.bench_tolerance: error: {error}")
-    rows = [row for name, dataset in datasets.items() if not args.sources or name in args.sources for row in dataset]
+    args = make_parser(__doc__).parse_args(argv)
+    models, pairs = open_all(args, "benchmarks.bench_tolerance")
     results: dict[str, Any] = {}
     for name, model in models.items():
-        measured = np.array([measure(model, to_sample(row), args.num_flow_updates) for row in rows])  # (pairs, T, 2)
+        measured = np.array([measure(model, pair.sample, args.num_flow_updates) for pair in pairs])  # (pairs, T, 2)
         results[name] = {
             str(tolerance): {"updates": float(updates), "epe": float(epe), "least": int(least), "most": int(most)}
             for tolerance, (updates, epe), least, most in zip(
@@ -49,10 +32,8 @@ def main(argv: list[str] | None = None) -> None:
                 strict=True,
             )
         }
-    print(as_table(results, len(rows)))
-    if args.output is not None:
-        settings = {"models": args.models, "num_flow_updates": args.num_flow_updates, "pairs": len(rows)}
-        write_json(args.output, {"settings": settings, "machine": describe_machine("cpu"), "results": results})
+    print(as_table(results, len(pairs)))
+    save_results(args, len(pairs), results)
 
 
 def measure(model: Any, sample: Any, num_flow_updates: int) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ import copy
 import json
 from concurrent.futures.process import BrokenProcessPool
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 
 from benchmarks import (
     bench_accuracy,
+    bench_adapt,
     bench_collection,
     bench_confidence,
     bench_data,
@@ -36,6 +38,7 @@ from benchmarks.own_process import peak_bytes, resident_bytes
 from benchmarks.rounds import spread, time_in_rounds, times_as_fast
 from benchmarks.synthetic_data import write_pairs
 from flow_data.datasets import DATASETS, load_source
+from flow_data.sample import FlowSample
 from flow_training.evaluation import evaluate
 from modeling_raft import RaftConfig, RaftForOpticalFlow
 
@@ -462,3 +465,17 @@ def test_a_part_whose_time_is_over_is_ended_and_its_rows_count(monkeypatch):
     assert row == {"part": "ceilings", "failed": "not complete: its time was over"}
     (row,) = bench_gpu.run_part("video", "cpu", -1.0, ceilings)
     assert row["failed"].startswith("left out")
+
+
+def test_footage_is_reduced_with_its_flow_and_stylised():
+    """A frame moved by (4, -2) px is, at half size, one moved by (2, -1); a stylised one has few colors."""
+    frame = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (72, 90, 3)).astype(np.uint8), (0, 0), 3)
+    frame = cv2.normalize(frame, None, 0, 255, cv2.NORM_MINMAX)
+    flow = np.broadcast_to(np.float32([4, -2]), (68, 80, 2))
+    sample = FlowSample(frame[2:70, 5:85], frame[4:72, 1:81], flow, np.ones((68, 80), bool))
+    half = bench_adapt.shrink(sample, 2)
+    assert half.size == (34, 40) and half.valid.all() and (half.flow == (2, -1)).all()
+    assert np.array_equal(half.image1[1:, :-2], half.image2[:-1, 2:])
+    styled = bench_adapt.stylise(sample)
+    assert styled.flow is sample.flow and set(np.unique(styled.image1)) <= {0, 51, 102, 153, 204, 255}
+    assert len(np.unique(styled.image1)) > 2 and not np.array_equal(styled.image1, styled.image2)
