@@ -29,17 +29,14 @@ demo: $(INSTALLED)
 	$(PYTHON) -c "import gradio" 2>/dev/null || $(PYTHON) -m pip install --quiet --editable ".[demo]"
 	$(PYTHON) app.py
 
-# One torch thread for each of two workers: on two cores, more threads only get in each other's way. Tests with real
-# processes get workers of their own: workers that had run all other tests before have died in them.
-XDIST := --numprocesses 2 --dist loadfile --durations=15
+# One torch thread for each of two workers: on two cores, more threads only get in each other's way.
+XDIST := --numprocesses 2 --dist loadfile
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" $(XDIST)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "slow and not gpu and not browser" $(XDIST) -k "not test_fault_tolerance and not test_ema"
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/test_fault_tolerance.py tests/test_ema.py $(XDIST)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu and not browser" $(XDIST) --durations=15
 
 # for the edit loop, under 90 seconds: no test that takes seconds or starts processes
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" $(XDIST)
 
 # the page in a real browser: installs Debian's Chromium where there is none and it may; else the tests are skipped
 test-browser: $(INSTALLED)
@@ -55,7 +52,7 @@ test-lowest:
 	test -x $(LOWEST)/bin/python || python3 -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[test]"
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not gpu and not browser" $(XDIST)
 
 # What only a GPU shows, with neither network nor data. Without one, or with DEVICE=cpu, the same code on tiny sizes.
 test-gpu: $(INSTALLED)

@@ -34,7 +34,7 @@ from benchmarks.cost import Job
 from benchmarks.floor import count_work, floor_seconds, measure_ceilings
 from benchmarks.machine import describe_machine, machine_in_words
 from benchmarks.memory_needed import estimate_bytes, fits
-from benchmarks.own_process import peak_bytes, resident_bytes
+from benchmarks.own_process import in_new_process, peak_bytes, resident_bytes
 from benchmarks.rounds import spread, time_in_rounds, times_as_fast
 from benchmarks.synthetic_data import write_pairs
 from flow_data.datasets import DATASETS, load_source
@@ -402,13 +402,21 @@ def test_weights_with_other_terms_are_not_released(stage, tmp_path, settings, me
 
 @pytest.mark.slow
 def test_other_runtimes_compute_the_same_flow(tmp_path):
+    """In a process of its own: OpenVINO leaves a freed stack for signals, and the next one would end this process."""
+    distances = in_new_process(distances_of_runtimes, tmp_path / "raft.onnx")
+    assert {"onnxruntime fp32", "OpenVINO fp32", "OpenVINO bf16"} < set(distances)
+    for name, distance in distances.items():
+        assert distance < (1e-3 if "fp32" in name else 0.5), name
+
+
+def distances_of_runtimes(path):
+    """Mean distance in pixels from the flow of PyTorch, of every other runtime."""
     model = Candidate("ours", "small").make_model().eval()
-    calls = bench_runtimes.make_calls(model, make_pairs(1, 128, 136)[0], 1, tmp_path / "raft.onnx")
+    calls = bench_runtimes.make_calls(model, make_pairs(1, 128, 136)[0], 1, path)
     flows = {name: call() for name, call in calls.items()}
     expected = flows.pop(bench_runtimes.EAGER)
-    assert expected.shape == (1, 2, 128, 136) and {"onnxruntime fp32", "OpenVINO fp32", "OpenVINO bf16"} < set(flows)
-    for name, flow in flows.items():
-        assert (flow - expected).abs().mean() < (1e-3 if "fp32" in name else 0.5), name
+    assert expected.shape == (1, 2, 128, 136)
+    return {name: (flow - expected).abs().mean().item() for name, flow in flows.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
