@@ -485,7 +485,8 @@ def test_processes_that_are_killed_and_started_again_leave_the_same_outputs(mode
     assert process.returncode != 0  # the launcher's own code, as two sources have failed
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["exit_code"], report["done"], len(report["failed"])) == (4, 4, 2), printed
-    assert {process["rank"] for process in report["processes"]} == {0, 1}
+    # The second one may start after the first has computed all.
+    assert {0} <= {process["rank"] for process in report["processes"]} <= {0, 1}
     assert checksums(output) == undisturbed
 
 
