@@ -334,10 +334,10 @@ def test_wrong_video(visit, files):
 def test_a_file_that_is_too_large_is_refused(visit, tmp_path):
     """The page says so, and the server keeps none of it."""
     with open(tmp_path / "large.png", "wb") as file:
-        file.truncate(101_000_000)
+        file.truncate(110_000_000)
     page = visit()
     page.locator("#file1 input[type=file]").set_input_files(str(tmp_path / "large.png"))
-    page.wait_for_selector("text=/exceeds the maximum/")
+    page.wait_for_selector("text=/exceed the maximum/")
     page.locator("#compute").click()
     text_of(page, "#pair_message", "Give two frames")
 
