@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -76,7 +77,8 @@ STYLE = """
 # Gradio's images have no alternative texts: each gets its own here, or the label of its block.
 ALTERNATIVE_TEXTS = """() => {
     const own = {
-        examples: () => "Example: frame 1 of a pair", clips: () => "Example: a clip",
+        examples: (image, all) => `Example ${all.indexOf(image) + 1}: frame 1 of a pair`,
+        clips: (image, all) => `Example ${all.indexOf(image) + 1}: a clip`,
         scale: () => "Color wheel: the direction and length of flow in pixels that each color stands for",
         slider: (image, all) => all.indexOf(image) === 0 ? "Frame 1"
             : document.querySelector("#caption")?.innerText ?? "",
@@ -108,8 +110,13 @@ class Workspace:
         return Path(tempfile.mkdtemp(dir=self.root))
 
     def stop_event(self, session: str | None) -> threading.Event:
-        """Return what is set to stop the predictions of a visitor."""
+        """Return what is set to stop the latest prediction of a visitor."""
         return self._stops.setdefault(session or "", threading.Event())
+
+    def restart(self, session: str | None) -> None:
+        """Stop what a visitor has started before, and make the event of what comes next."""
+        self.stop_event(session).set()
+        self._stops[session or ""] = threading.Event()
 
     def forget(self, session: str | None) -> None:
         """Stop what a visitor has started who has left."""
@@ -136,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     except MissingPackageError as error:
         sys.exit(f"app.py: error: {error}")
     threading.Thread(target=warm_up, args=[args.model], daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: uploads and results are deleted
     page.launch(server_name=args.host, server_port=args.port, **launch_options)
 
 
@@ -184,6 +192,8 @@ def choose_model(settings: Settings, default: str | None, serves_others: bool) -
         ValueError, OSError: There is no such model, or it is no RAFT.
     """
     name = settings.weights or settings.model.strip()
+    if settings.weights and settings.model.strip():
+        raise ValueError("Give a model by its name or a file of weights, not both.")
     if not name:
         source = find_model(default)
     elif settings.weights:
@@ -195,7 +205,10 @@ def choose_model(settings: Settings, default: str | None, serves_others: bool) -
             and (os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name))
         ):
             raise ValueError(f"model must be a repository id, user/name; got {name}")
-        source = find_model(name)
+        try:
+            source = find_model(name)
+        except FileNotFoundError as error:
+            raise ValueError(f"model must be a repository id, user/name, or a folder; {error}") from error
     modified = os.path.getmtime(source) if os.path.exists(source) else 0.0
     return load_model(source, modified)
 
@@ -224,11 +237,12 @@ def note(text: str, kind: str = "") -> str:
     return f'<div class="note {kind}" role="{role}">{html.escape(text)}</div>' if text else ""
 
 
-def reports_errors(num_outputs: int) -> Callable[[Callable], Callable]:
+def reports_errors(num_outputs: int, hides_result: bool = False) -> Callable[[Callable], Callable]:
     """Make a function of an event return a message first: what is wrong, with the other outputs as they were.
 
     Args:
         num_outputs: Of the function, without the message. It returns the message and these.
+        hides_result: The first of these is the column of the result, which is of other inputs then.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -243,7 +257,10 @@ def reports_errors(num_outputs: int) -> Callable[[Callable], Callable]:
             except CancelledError:
                 return note("Stopped."), *[gr.skip()] * num_outputs
             except Exception as error:
-                return note(explain(error), "error"), *[gr.skip()] * num_outputs
+                outputs = [gr.skip()] * num_outputs
+                if hides_result:
+                    outputs[0] = gr.Column(visible=False)
+                return note(explain(error), "error"), *outputs
 
         return run
 
@@ -273,8 +290,9 @@ def build_page(args: argparse.Namespace) -> tuple["gr.Blocks", dict[str, Any]]:
     job_options: dict[str, Any] = {"concurrency_id": "prediction", "concurrency_limit": 1, **private}
     with gr.Blocks(title="Optical flow with RAFT", delete_cache=(SWEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown(
-            "# Optical flow\nFor every pixel of one frame, where it goes in the next. "
-            "Uploads and results are deleted after an hour."
+            "# Optical flow\nFor every pixel of one frame, where it goes in the next. Images have at most "
+            f"{MAX_FRAME_PIXELS // 1_000_000} megapixels, files {MAX_UPLOAD.upper()}. Uploads and results are deleted "
+            "after an hour."
         )
         with gr.Tab("Two frames"):
             pair_tab(gr, args, workspace, job_options)
@@ -372,10 +390,10 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
                     elem_id="scale",
                 )
                 caption = gr.Markdown(VIEWS["Flow"][1], elem_id="caption")
-        gr.Markdown("### A pixel\nClick on frame 1, or type a pixel.")
+        gr.Markdown("### A pixel\nClick on frame 1, or type a pixel and press Enter.")
         with gr.Row():
-            x = gr.Number(label="x", precision=0, minimum=0, min_width=120, elem_id="x")
-            y = gr.Number(label="y", precision=0, minimum=0, min_width=120, elem_id="y")
+            x = gr.Number(label="x", value=None, precision=0, minimum=0, min_width=120, elem_id="x")
+            y = gr.Number(label="y", value=None, precision=0, minimum=0, min_width=120, elem_id="y")
         pixel_text = gr.Markdown(elem_id="pixel_text")
         with gr.Row():
             marked1 = gr.Image(label="Frame 1: click a pixel", interactive=False, buttons=[], elem_id="marked1")
@@ -407,7 +425,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
 
         return resize_image(image, min(SHOWN_SIDE // 2, max(image.shape[:2])))
 
-    @reports_errors(11 + len(PAIR_FORMATS))
+    @reports_errors(13 + len(PAIR_FORMATS), hides_result=True)
     def run(request: gr.Request, path1: str | None, path2: str | None, backward: bool, *chosen: Any) -> tuple:
         from flow_inference.cancellation import cancellable
 
@@ -418,8 +436,8 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         settings = make_settings(chosen)
         with workspace.lock:
             model = choose_model(settings, args.model, args.host not in LOOPBACK)
+            workspace.restart(request.session_hash)
             stop = workspace.stop_event(request.session_hash)
-            stop.clear()
             folder = workspace.new_folder()
             with cancellable(model, stop.is_set):
                 done, text, wheel = predict_two_frames(path1, path2, settings, model, backward, folder)
@@ -437,6 +455,8 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
             image_path(done, "frame1"),
             image_path(done, "frame2"),
             "",
+            None,
+            None,
             python_code(path1, path2, settings, backward),
             *[gr.DownloadButton(value=str(path), interactive=path.is_file()) for path in files],
         )
@@ -460,7 +480,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         return first, first.replace("_1.", "_2.")
 
     result_outputs = [
-        *(message, result, job, summary, view, slider, caption, scale, marked1, marked2, pixel_text, code),
+        *(message, result, job, summary, view, slider, caption, scale, marked1, marked2, pixel_text, x, y, code),
         *downloads,
     ]
     inputs = [file1, file2, backward, *settings]
@@ -469,7 +489,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         file.change(
             show_files, [file1, file2], [file_message, previews, preview1, preview2], show_progress="hidden", **private
         )
-    compute.click(run, **run_options)
+    compute.click(run, trigger_mode="multiple", **run_options)
     examples.click(load_example, examples, [file1, file2], **private).then(run, **run_options)
     view.change(show_view, [job, view], [slider, caption], show_progress="hidden", **private)
     pixel_outputs = [message, pixel_text, marked1, marked2]
@@ -528,10 +548,10 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
             ]  # fmt: skip
 
     def start(request: gr.Request) -> str:
-        workspace.stop_event(request.session_hash).clear()
+        workspace.restart(request.session_hash)
         return note("In the queue.")
 
-    @reports_errors(6)
+    @reports_errors(6, hides_result=True)
     def run(request: gr.Request, progress: Any = gr.Progress(), *values: Any) -> tuple:  # noqa: B008  # Gradio's way
         path, zip_format, *chosen = values
         if path is None:
@@ -570,7 +590,9 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
         "show_progress_on": [message],
         **job_options,
     }
-    compute.click(start, None, message, queue=False, show_progress="hidden", **private).then(run, **run_options)
+    compute.click(start, None, message, queue=False, show_progress="hidden", trigger_mode="multiple", **private).then(
+        run, trigger_mode="multiple", **run_options
+    )
     stop.click(request_stop, queue=False, show_progress="hidden", **private)
     examples.click(lambda index: str(clips[index]), examples, film, **private)
 

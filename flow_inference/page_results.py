@@ -4,6 +4,7 @@ Torch and whatever else takes seconds is imported by the functions, so that the 
 """
 
 import functools
+import json
 import re
 import threading
 import time
@@ -52,6 +53,10 @@ class Settings(NamedTuple):
     model: str
     weights: str | None  # an uploaded file
 
+    def model_name(self) -> str:
+        """Of the model, in a sentence."""
+        return plain(Path(self.weights).name if self.weights else self.model.strip()) or "the shipped weights"
+
     def source(self) -> str:
         """Of the model, as in Python code."""
         if self.weights:
@@ -71,7 +76,8 @@ def explain(error: Exception) -> str:
     if message is None:
         traceback.print_exception(error)
         message = "An error occurred in the program; the terminal in which it runs has the details."
-    return SERVER_PATH.sub("", message)
+    message = SERVER_PATH.sub("", message)
+    return message if message.endswith((".", "?", "!")) else f"{message}."
 
 
 def predict_two_frames(
@@ -122,8 +128,9 @@ def predict_two_frames(
             notes.append(f"{name}: {loss}.")
     lengths = np.hypot(*flow.numpy())
     summary = (
-        f"**{width} x {height} px, {pair.num_flow_updates} updates, {seconds:.1f} s.** Mean length "
-        f"{lengths.mean():.2f} px, longest {lengths.max():.2f} px."
+        f"**{width} x {height} px, {pair.num_flow_updates} updates, flow estimated in {seconds:.1f} s.** Mean length "
+        f"{lengths.mean():.2f} px, longest {lengths.max():.2f} px. From {plain(Path(path1).name)} to "
+        f"{plain(Path(path2).name)}, by {settings.model_name()}."
     )
     if pair.cut:
         notes.append("The frames have little in common, and this flow hardly means anything.")
@@ -132,6 +139,11 @@ def predict_two_frames(
     if video.mapped_range is not None:
         notes.append("Intensities {:g} to {:g} of the frames were mapped to 0 to 255.".format(*video.mapped_range))
     return PairJob(folder, (height, width), list(views)), " ".join([summary, *notes]), draw_scale(longest_vector(flow))
+
+
+def plain(text: str) -> str:
+    """Return a text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+!<>|~$-])", r"\\\1", text)
 
 
 def _always(path: Path, index: int) -> Path:
@@ -165,7 +177,7 @@ def pixel_at(job: PairJob, x: float, y: float) -> tuple[str, "np.ndarray", "np.n
 
 def python_code(path1: str, path2: str, settings: Settings, backward: bool) -> str:
     """The Python code that predicts the same."""
-    names = ", ".join(f'"{Path(path).name}"' for path in (path1, path2))
+    names = ", ".join(json.dumps(Path(path).name, ensure_ascii=False) for path in (path1, path2))
     options = [f"num_flow_updates={settings.num_flow_updates}", f"max_side={settings.max_side}"]
     options += ["backward=True"] if backward else []
     options += [f'mixed_precision="{settings.mixed_precision}"'] if settings.mixed_precision else []
@@ -262,7 +274,7 @@ def predict_video(
     except (ValueError, OSError) as error:  # damage in the middle of a video, or two sizes
         if not motions:
             raise
-        notes.append(f"{explain(error)}. The result is of the {len(motions)} pairs before.")
+        notes.append(f"{explain(error)} The result is of the {len(motions)} pairs before.")
     if not motions:
         if not notes:
             raise ValueError(f"{Path(path).name}: flow takes two frames, and there is one")

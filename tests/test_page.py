@@ -162,7 +162,8 @@ def test_two_frames(visit, files, tmp_path, monkeypatch):
     first, second = files / "first.png", files / "second.png"
     page = visit()
     compute_flow(page, first, second)
-    assert "168 x 128 px, 12 updates" in text_of(page, "#summary", "px")
+    summary = text_of(page, "#summary", "px")
+    assert "168 x 128 px, 12 updates" in summary and "From first.png to second.png, by the shipped weights" in summary
     predict(first, second, "--output", tmp_path / "flow.flo", "--max_side", 768)
     flow, _ = read_flow(tmp_path / "flow.flo")
     assert np.hypot(*flow.transpose(2, 0, 1)).mean() > 1
@@ -236,10 +237,13 @@ def test_wrong_frames(visit, files, server):
     page = visit()
     page.locator("#compute").click()
     text_of(page, "#pair_message", "Give two frames")
-    give_frames(page, files / "first.png", files / "small.png")
+    compute_flow(page, files / "first.png", files / "second.png")
+    page.locator("#file2 button[aria-label='Remove this file'], #file2 [aria-label='Clear']").first.click()
+    page.locator("#file2 input[type=file]").set_input_files(str(files / "small.png"))
     assert "150 x 100" in text_of(page, "#file_message", "168 x 128")
     page.locator("#compute").click()
     assert "150 x 100" in text_of(page, "#pair_message", "168 x 128")
+    page.wait_for_selector("#slider", state="hidden")  # a result of other frames
     page.locator("#file2 button[aria-label='Remove this file'], #file2 [aria-label='Clear']").first.click()
     page.locator("#file2 input[type=file]").set_input_files(str(files / "text.png"))
     message = text_of(page, "#file_message", "no image")
@@ -318,6 +322,14 @@ def test_stop(visit, files):
     assert 3 <= int(re.search(r"after (\d+) of 99", words)[1]) < 99
     page.wait_for_selector("#shown video")
 
+    page.locator("#compute_video").click()
+    page.wait_for_selector("#video_message >> text=/Pair [3-9]/")
+    page.locator("#stop").click()
+    page.locator("#compute_video").click()  # at once
+    page.wait_for_selector("#video_message >> text=/Pair [3-9]/")
+    page.locator("#stop").click()
+    text_of(page, "#video_message", "Stopped after")
+
 
 def test_wrong_video(visit, files):
     page = visit()
@@ -360,6 +372,7 @@ def test_uploads_and_results_are_deleted(files, browser, tmp_path):
         page.locator("#compute").click()
         assert "deleted after an hour" in text_of(page, "#pair_message", "give the files again")
         page.close()
+    assert not list(tmp_path.glob("optical-flow-*"))  # SIGTERM ends the page in order
 
 
 def test_two_visitors(visit, files):
