@@ -22,7 +22,7 @@ from modeling_raft import RaftForOpticalFlow
 from modeling_raft.correlation_raft import warp
 
 HELD_OUT_SHARE = 0.1  # of the pairs of frames
-FEWEST_TO_HOLD_OUT = 5  # pairs of frames, of which one is held out; of fewer, all are trained on
+FEWEST_TO_HOLD_OUT = 10  # pairs of frames, of which one is held out; of fewer, all are trained on
 MOST_JUDGED = 16  # pairs of frames, evenly over the footage
 MOST_DRAWN = 4
 CENSUS_RADIUS = 3  # 7 x 7 pixels
@@ -43,7 +43,7 @@ def split_pairs(pairs: Sequence[LabelledPair]) -> tuple[list[LabelledPair], list
     The two have no frame in common: pairs that share one with a pair that is held out are in neither.
 
     Args:
-        pairs: In the order of the footage. Of fewer than five, none is held out.
+        pairs: In the order of the footage. Of fewer than ten, none is held out: in a trial, one of six judged wrongly.
     """
     if len(pairs) < FEWEST_TO_HOLD_OUT:
         return list(pairs), []

@@ -126,7 +126,7 @@ def test_a_guard_refuses_what_is_lost_elsewhere():
     assert len(check_guard({"a": 1.0}, {"a": float("nan")}, limits)) == 1
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (4, 0), (5, 1), (14, 1), (30, 3)])
+@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (9, 0), (10, 1), (14, 1), (30, 3)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_tenth_is_held_out_and_shares_no_frame(count, held_out, shared):
     def frames(i):
