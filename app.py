@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from modeling_raft import RaftForOpticalFlow
 
-MAX_UPLOAD = "100mb"
+MAX_UPLOAD = 100  # MB
 MAX_FRAME_PIXELS = 16_000_000  # of a frame: that of a phone's camera; flow of that size takes 128 MB
 MAX_VIDEO_FRAMES = 120  # so long a video takes minutes on a CPU
 KEEP_SECONDS = 3600  # uploads and results
@@ -291,7 +291,7 @@ def build_page(args: argparse.Namespace) -> tuple["gr.Blocks", dict[str, Any]]:
     with gr.Blocks(title="Optical flow with RAFT", delete_cache=(SWEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown(
             "# Optical flow\nFor every pixel of one frame, where it goes in the next. Images have at most "
-            f"{MAX_FRAME_PIXELS // 1_000_000} megapixels, files {MAX_UPLOAD.upper()}. Uploads and results are deleted "
+            f"{MAX_FRAME_PIXELS // 1_000_000} megapixels, files {MAX_UPLOAD} MB. Uploads and results are deleted "
             "after an hour."
         )
         with gr.Tab("Two frames"):
@@ -306,7 +306,7 @@ def build_page(args: argparse.Namespace) -> tuple["gr.Blocks", dict[str, Any]]:
     page.queue(max_size=MAX_WAITING)
     plain = ["ui-sans-serif", "system-ui", "sans-serif"], ["ui-monospace", "Consolas", "monospace"]
     options = {
-        "max_file_size": MAX_UPLOAD,
+        "max_file_size": f"{MAX_UPLOAD}mb",
         "theme": gr.themes.Default(primary_hue="blue", font=plain[0], font_mono=plain[1]),  # no fonts of the web
         "css": STYLE,
         "js": ALTERNATIVE_TEXTS,
@@ -515,7 +515,7 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
     private = {"api_visibility": "private"}
     gr.Markdown(
         f"The first {args.max_frames} frames are used, reduced to {MAX_VIDEO_SIDE} px where they are larger. Files of "
-        f"up to {MAX_UPLOAD.upper()}."
+        f"up to {MAX_UPLOAD} MB."
     )
     film = gr.Video(label="Video", sources=["upload", "webcam"], elem_id="film", buttons=[])
     clips = sorted(examples_folder().glob("*.mp4"))
