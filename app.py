@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 MAX_UPLOAD = 100  # MB
 MAX_FRAME_PIXELS = 16_000_000  # of a frame: that of a phone's camera; flow of that size takes 128 MB
 MAX_VIDEO_FRAMES = 120  # so long a video takes minutes on a CPU
+FRAME1_SHARE = 25  # % of the width, in the slider at first
 KEEP_SECONDS = 3600  # uploads and results
 SWEEP_SECONDS = 300
 MAX_WAITING = 20  # visitors in the queue
@@ -379,7 +380,13 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         view = gr.Radio(list(VIEWS), value="Flow", label="Beside frame 1", elem_id="view")
         with gr.Row():
             slider = gr.ImageSlider(
-                show_label=False, interactive=False, buttons=["fullscreen"], scale=4, min_width=320, elem_id="slider"
+                show_label=False,
+                interactive=False,
+                buttons=["fullscreen"],
+                scale=4,
+                min_width=320,
+                slider_position=FRAME1_SHARE,
+                elem_id="slider",
             )
             with gr.Column(scale=1, min_width=200):
                 scale = gr.Image(
@@ -390,6 +397,8 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
                     elem_id="scale",
                 )
                 caption = gr.Markdown(VIEWS["Flow"][1], elem_id="caption")
+                # The handle in the image cannot be reached by keyboard.
+                share = gr.Slider(0, 100, value=FRAME1_SHARE, step=5, label="Width of frame 1, %", elem_id="share")
         gr.Markdown("### A pixel\nClick on frame 1, or type a pixel and press Enter.")
         with gr.Row():
             x = gr.Number(label="x", value=None, precision=0, minimum=0, min_width=120, elem_id="x")
@@ -491,6 +500,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         )
     compute.click(run, trigger_mode="multiple", **run_options)
     examples.click(load_example, examples, [file1, file2], **private).then(run, **run_options)
+    share.change(lambda value: gr.ImageSlider(slider_position=value), share, slider, show_progress="hidden", **private)
     view.change(show_view, [job, view], [slider, caption], show_progress="hidden", **private)
     pixel_outputs = [message, pixel_text, marked1, marked2]
     for number in (x, y):

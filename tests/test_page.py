@@ -224,12 +224,19 @@ def test_views_and_keyboard(visit, files):
     assert {"Frame 1", "Frame 2: its place"} <= set(texts) and any(text.startswith("Color wheel") for text in texts)
     assert all(texts) and "Image" not in texts
 
+    before = page.locator("#slider").screenshot()
+    page.locator("#share input[type=range]").focus()
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(2000)
+    assert page.locator("#slider").screenshot() != before
+
     reached = set()
     page.locator("body").click(position={"x": 1, "y": 1})
     for _ in range(60):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.closest('[id]:not([id^=component-])')?.id"))
-    assert {"file1", "file2", "compute", "view", "x", "y", "get_flo", "get_color"} <= reached
+    assert {"file1", "file2", "compute", "view", "share", "x", "y", "get_flo", "get_color"} <= reached
 
 
 def test_wrong_frames(visit, files, server):
