@@ -145,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"app.py: error: {error}")
     threading.Thread(target=warm_up, args=[args.model], daemon=True).start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C: uploads and results are deleted
-    page.launch(server_name=args.host, server_port=args.port, **launch_options)
+    with suppress(KeyboardInterrupt):  # a second Ctrl-C, while the first one closes the server
+        page.launch(server_name=args.host, server_port=args.port, **launch_options)
 
 
 def warm_up(model: str | None) -> None:
