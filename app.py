@@ -31,7 +31,7 @@ from flow_inference.page_results import (
     SHOWN_SIDE,
     PairJob,
     Settings,
-    explain,
+    describe_error,
     pixel_at,
     predict_two_frames,
     predict_video,
@@ -114,8 +114,8 @@ class Workspace:
         """Return what is set to stop the latest prediction of a visitor."""
         return self._stops.setdefault(session or "", threading.Event())
 
-    def restart(self, session: str | None) -> None:
-        """Stop what a visitor has started before, and make the event of what comes next."""
+    def new_stop_event(self, session: str | None) -> None:
+        """Stop what a visitor has started before, and make the event that stops what comes next."""
         self.stop_event(session).set()
         self._stops[session or ""] = threading.Event()
 
@@ -262,7 +262,7 @@ def reports_errors(num_outputs: int, hides_result: bool = False) -> Callable[[Ca
                 outputs = [gr.skip()] * num_outputs
                 if hides_result:
                     outputs[0] = gr.Column(visible=False)
-                return note(explain(error), "error"), *outputs
+                return note(describe_error(error), "error"), *outputs
 
         return run
 
@@ -446,7 +446,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         settings = make_settings(chosen)
         with workspace.lock:
             model = choose_model(settings, args.model, args.host not in LOOPBACK)
-            workspace.restart(request.session_hash)
+            workspace.new_stop_event(request.session_hash)
             stop = workspace.stop_event(request.session_hash)
             folder = workspace.new_folder()
             with cancellable(model, stop.is_set):
@@ -559,7 +559,7 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
             ]  # fmt: skip
 
     def start(request: gr.Request) -> str:
-        workspace.restart(request.session_hash)
+        workspace.new_stop_event(request.session_hash)
         return note("In the queue.")
 
     @reports_errors(6, hides_result=True)

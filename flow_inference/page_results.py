@@ -55,7 +55,9 @@ class Settings(NamedTuple):
 
     def model_name(self) -> str:
         """Of the model, in a sentence."""
-        return plain(Path(self.weights).name if self.weights else self.model.strip()) or "the shipped weights"
+        return (
+            escape_markdown(Path(self.weights).name if self.weights else self.model.strip()) or "the shipped weights"
+        )
 
     def source(self) -> str:
         """Of the model, as in Python code."""
@@ -64,7 +66,7 @@ class Settings(NamedTuple):
         return repr(self.model.strip()) if self.model.strip() else "pretrained_path()"
 
 
-def explain(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return a sentence for the page about an error, in which no folder of the server is named."""
     from flow_data.out_of_memory import explain_out_of_memory
 
@@ -129,8 +131,8 @@ def predict_two_frames(
     lengths = np.hypot(*flow.numpy())
     summary = (
         f"**{width} x {height} px, {pair.num_flow_updates} updates, flow estimated in {seconds:.1f} s.** Mean length "
-        f"{lengths.mean():.2f} px, longest {lengths.max():.2f} px. From {plain(Path(path1).name)} to "
-        f"{plain(Path(path2).name)}, by {settings.model_name()}."
+        f"{lengths.mean():.2f} px, longest {lengths.max():.2f} px. From {escape_markdown(Path(path1).name)} to "
+        f"{escape_markdown(Path(path2).name)}, by {settings.model_name()}."
     )
     if pair.cut:
         notes.append("The frames have little in common, and this flow hardly means anything.")
@@ -141,7 +143,7 @@ def predict_two_frames(
     return PairJob(folder, (height, width), list(views)), " ".join([summary, *notes]), draw_scale(longest_vector(flow))
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Return a text that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]()#+!<>|~$-])", r"\\\1", text)
 
@@ -274,7 +276,7 @@ def predict_video(
     except (ValueError, OSError) as error:  # damage in the middle of a video, or two sizes
         if not motions:
             raise
-        notes.append(f"{explain(error)} The result is of the {len(motions)} pairs before.")
+        notes.append(f"{describe_error(error)} The result is of the {len(motions)} pairs before.")
     if not motions:
         if not notes:
             raise ValueError(f"{Path(path).name}: flow takes two frames, and there is one")
