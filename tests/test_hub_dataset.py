@@ -23,7 +23,7 @@ from flow_data.datasets import is_sparse, load_source
 from flow_data.features import to_sample
 from flow_data.flow_io import decode_flow, write_flow
 from flow_data.hub import ParquetRows, flow_is_sparse, load_hub_dataset
-from flow_data.publish import plan_shards, publish_to_folder
+from flow_data.hub_upload import plan_shards, publish_to_folder
 from flow_data.visualize import draw_flow, mask_invalid
 from flow_training.run_log import read_log
 
@@ -240,7 +240,7 @@ def test_rows_are_those_of_the_source(folder, root, streaming):
 def test_splits_are_separate(tmp_path, root, streaming):
     pairs = load_source("pairs", root)
     splits = {"train": pairs.select(range(4)), "validation": pairs.select(range(4, NUM_PAIRS))}
-    publish_to_folder("pairs", splits, tmp_path)
+    publish_to_folder("pairs", splits, tmp_path, 10**9)
     for split, expected in (*splits.items(), ("all", pairs)):
         assert_same_rows(load_hub_dataset(str(tmp_path), split, streaming=streaming), expected)
 
@@ -248,7 +248,7 @@ def test_splits_are_separate(tmp_path, root, streaming):
 @pytest.mark.parametrize("streaming", [True, False])
 def test_kitti_flow_is_taken_as_sparse(tmp_path, streaming):
     root = make_pairs(tmp_path / "pairs", ".png", num_pairs=2)
-    publish_to_folder("pairs", {"train": load_source("pairs", root)}, tmp_path / "out")
+    publish_to_folder("pairs", {"train": load_source("pairs", root)}, tmp_path / "out", 10**9)
     rows = load_hub_dataset(str(tmp_path / "out"), streaming=streaming)
     assert flow_is_sparse(rows)
     assert_same_rows(rows, load_source("pairs", root))
@@ -280,7 +280,7 @@ def test_any_kitti_flow_makes_it_sparse_as_in_files(tmp_path, streaming):
     (root / "02_flow.flo").unlink()
     write_flow(root / "02_flow.png", np.zeros((*SIZE, 2), np.float32))
     pairs = load_source("pairs", root)
-    publish_to_folder("pairs", {"train": pairs}, tmp_path / "out")
+    publish_to_folder("pairs", {"train": pairs}, tmp_path / "out", 10**9)
     assert is_sparse("pairs", pairs) and flow_is_sparse(load_hub_dataset(str(tmp_path / "out"), streaming=streaming))
 
 

@@ -16,7 +16,7 @@ except SystemExit:
     pass
 """
 COMMANDS = ["train_flow", "evaluate_flow", "predict_flow", "flow_training.curriculum", "flow_training.hub"]
-COMMANDS += ["flow_training.plot_log", "flow_data.preview", "app"]
+COMMANDS += ["flow_training.plot_log", "flow_data.preview", "flow_data.publish", "app"]
 COMMANDS += ["flow_training.adapt", "flow_inference.pseudo_labels"]
 
 
