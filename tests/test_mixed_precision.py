@@ -21,6 +21,9 @@ from modeling_raft.kernels_raft import FLOAT16_MAX, cast_saturating, relu_satura
 
 SIZES = {"small": RaftConfig.small, "large": RaftConfig}
 HALVES = [torch.float16, torch.bfloat16]
+# The layers of either model with fewer channels, for tests of what a layer does: a CPU computes float16 without vectors.
+NARROW = {"feature_dim": 64, "hidden_dim": 32, "context_dim": 32, "encoder_widths": [16, 16, 24, 32]}
+NARROW |= {"motion_corr_widths": [32], "motion_flow_widths": [32, 16], "motion_dim": 30, "flow_head_dim": 32}
 
 
 def new_model(size: str, **overrides) -> RaftForOpticalFlow:
@@ -75,7 +78,7 @@ def test_saturating_relu_has_the_gradient_of_relu(dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_ordinary_features_are_untouched_in_float16(size, monkeypatch):
-    model, inputs = new_model(size), random_inputs()
+    model, inputs = new_model(size, **NARROW), random_inputs()
 
     def run() -> tuple[Tensor, list[Tensor]]:
         model.zero_grad()
@@ -97,7 +100,7 @@ def test_ordinary_features_are_untouched_in_float16(size, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 def test_float16_trains_with_features_100_times_larger(size):
     """Correlations are 10,000 times larger, far beyond float16; the scaler finds a scale, and steps are taken."""
-    model, inputs = new_model(size), random_inputs()
+    model, inputs = new_model(size, **NARROW), random_inputs()
     enlarge_features(model, 100)
     largest = []
     hook = model.update_block.register_forward_pre_hook(lambda _, args: largest.append(args[1].abs().max().item()))
@@ -195,7 +198,7 @@ def test_models_with_half_weights(size, dtype, tmp_path):
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_are_those_of_float32(size, dtype, similarity):
     """With activation checkpointing or not: a recomputed update must see the same autocast."""
-    model, inputs = new_model(size), random_inputs()
+    model, inputs = new_model(size, **NARROW), random_inputs()
 
     def gradient(enabled: bool) -> Tensor:
         model.zero_grad()
