@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ class ForkedProcess:
     """`python SCRIPT ARGV` in a session of its own; the part of `subprocess.Popen` that tests use.
 
     Args:
-        script: The program. Its modules are imported by the server at the first call.
+        script: The program; what it shares with train_flow.py is imported by the server at the first call.
         argv: Its arguments.
         environment: Its environment variables; those that are read at import are the ones of the first call.
     """
@@ -32,7 +33,7 @@ class ForkedProcess:
     def __init__(self, script: Path, argv: Sequence[str], environment: Mapping[str, str]):
         self.args = [sys.executable, str(script), *argv]
         self._output = [tempfile.NamedTemporaryFile(mode="w+") for _ in ("stdout", "stderr")]
-        _start_server(script.stem, environment)
+        _start_server(environment)
         names = [file.name for file in self._output]
         self._process = CONTEXT.Process(target=_run, args=(script, list(argv), dict(environment), names, START_METHOD))
         self._process.start()
@@ -69,12 +70,44 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def _start_server(module: str, environment: Mapping[str, str]) -> None:
-    """Start the server if it is not running; it imports the module in the given environment."""
+def run_ranks(
+    script: Path, argv: Sequence[str], environment: Mapping[str, str], num_processes: int, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run a program in several processes, as `accelerate launch --multi_gpu` does; tests of the launcher start it.
+
+    When one fails, the others are terminated. What they print is joined in the order of their ranks.
+    """
+    common = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "GROUP_RANK": 0, "ROLE_RANK": 0}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_MIXED_PRECISION": "no"}
+    processes = []
+    for rank in range(num_processes):
+        variables = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(ForkedProcess(script, argv, {**environment, **variables}))
+    deadline = time.monotonic() + timeout
+    while any(process.returncode is None for process in processes):
+        if any(process.returncode for process in processes) or time.monotonic() > deadline:
+            for process in processes:
+                process.terminate() if process.returncode is None else None
+            break
+        time.sleep(0.01)
+    codes = [process.wait(30) for process in processes]
+    printed, errors = ("".join(texts) for texts in zip(*(process.communicate() for process in processes), strict=True))
+    failed = [code for code in codes if code > 0] or [code for code in codes if code]  # what was terminated comes last
+    return subprocess.CompletedProcess(processes[0].args, failed[0] if failed else 0, printed, errors)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _start_server(environment: Mapping[str, str]) -> None:
+    """Start the server if it is not running; it imports train_flow in the given environment."""
     before = dict(os.environ)
     os.environ.update(environment)
     try:
-        CONTEXT.set_forkserver_preload([module])
+        CONTEXT.set_forkserver_preload(["train_flow"])  # imports all that training and evaluation need
         forkserver.ensure_running()
     finally:
         os.environ.clear()

@@ -15,10 +15,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forked_process import free_port
 from moving_shapes import moving_shapes
 from PIL import Image
 from test_modeling_raft import tiny_config
-from tiny_run import PROJECT, environment, free_port
+from tiny_run import PROJECT, environment
 
 import predict_flow
 from flow_data.flow_io import read_confidence, read_flow, write_compact_flow

@@ -1,10 +1,7 @@
 """Protocols against the original's metrics, and evaluate_flow.py from the outside."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +9,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forked_process import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from source_trees import MAKERS
 from test_modeling_raft import tiny_config
-from tiny_run import free_port
+from tiny_run import PROJECT, environment
 
 import evaluate_flow
 from flow_data.datasets import DATASETS, load_source
@@ -27,8 +25,6 @@ from flow_inference.warm_start import forward_interpolate
 from flow_training.evaluation import evaluate
 from modeling_raft import RaftForOpticalFlow
 from modeling_raft.convert_raft_checkpoint import load_raft
-
-PROJECT = Path(__file__).resolve().parents[1]
 
 # End-point errors of the original code in fp32 on a CPU on these pairs (raft-small: 20 updates, raft-sintel: 12).
 ANCHORS = {
@@ -152,15 +148,8 @@ def run(*arguments: object) -> None:
 
 def launch(*arguments: object) -> None:
     """evaluate_flow.py in two processes."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command = [sys.executable, *launcher, "--main_process_port", str(free_port()), str(PROJECT / "evaluate_flow.py")]
-    result = subprocess.run(
-        [*command, *(word for argument in arguments for word in str(argument).split())],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    argv = [word for argument in arguments for word in str(argument).split()]
+    result = run_ranks(PROJECT / "evaluate_flow.py", argv, environment(), 2)
     assert result.returncode == 0, result.stderr
 
 

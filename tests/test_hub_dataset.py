@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forked_process import free_port
 from hub_server import Hub
-from tiny_run import CPU, PROJECT, TINY_MODEL, free_port
+from tiny_run import CPU, PROJECT, TINY_MODEL
 
 from flow_data import hub as module
 from flow_data.datasets import is_sparse, load_source

@@ -13,9 +13,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from forked_process import free_port
 from hub_server import Hub, Repo
 from test_modeling_raft import tiny_config
-from tiny_run import free_port
 
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 from modeling_raft.pipeline_raft import save_pretrained_with_pipeline

@@ -9,9 +9,10 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from forked_process import free_port
 from safetensors.torch import load_file
 from test_modeling_raft import tiny_config
-from tiny_run import PROJECT, environment, flags, free_port, log_lines, train
+from tiny_run import PROJECT, environment, flags, log_lines, train
 
 import evaluate_flow
 import train_flow

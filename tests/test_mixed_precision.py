@@ -21,7 +21,7 @@ from modeling_raft.kernels_raft import FLOAT16_MAX, cast_saturating, relu_satura
 
 SIZES = {"small": RaftConfig.small, "large": RaftConfig}
 HALVES = [torch.float16, torch.bfloat16]
-# The layers of either model with fewer channels, for tests of what a layer does: a CPU computes float16 without vectors.
+# The layers of either model with fewer channels: a CPU computes float16 one number at a time.
 NARROW = {"feature_dim": 64, "hidden_dim": 32, "context_dim": 32, "encoder_widths": [16, 16, 24, 32]}
 NARROW |= {"motion_corr_widths": [32], "motion_flow_widths": [32, 16], "motion_dim": 30, "flow_head_dim": 32}
 

@@ -1,19 +1,18 @@
 """Submissions: names and formats of the servers, and flow that is what the model predicts."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from forked_process import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 from test_modeling_raft import tiny_config
-from tiny_run import CPU, environment, free_port
+from tiny_run import PROJECT, environment
 
 import evaluate_flow
 from flow_data.datasets import SUBMISSIONS
@@ -22,7 +21,6 @@ from flow_inference.prediction import predict_pair
 from flow_inference.submission import find_missing, write_result
 from modeling_raft import RaftForOpticalFlow
 
-PROJECT = Path(__file__).resolve().parents[1]
 SIZE = 66, 75  # h, w: both are padded
 
 
@@ -161,10 +159,8 @@ def test_two_processes_write_what_one_does(option, model_dir, tmp_path):
     common = f"--model {model_dir} --dataset sintel_clean --data_dir {tmp_path / 'sintel_clean'} {option}"
     common += " --num_flow_updates 2"
     run(common, f"--submission {tmp_path / 'one'}")
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--main_process_port", str(free_port()), str(PROJECT / "evaluate_flow.py")]
-    command = [sys.executable, *launcher, *common.split(), "--submission", str(tmp_path / "two")]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment() | CPU, timeout=300)
+    argv = [*common.split(), "--submission", str(tmp_path / "two")]
+    result = run_ranks(PROJECT / "evaluate_flow.py", argv, environment(), 2)
     assert result.returncode == 0, result.stderr
     assert "3 files" in result.stdout
     assert written(tmp_path / "two") == written(tmp_path / "one")

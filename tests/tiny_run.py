@@ -1,12 +1,11 @@
 """A training run so small that tests can start many: real processes, real checkpoints, seconds each."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from forked_process import ForkedProcess
+from forked_process import ForkedProcess, free_port, run_ranks
 
 from flow_training.run_log import read_log
 
@@ -59,8 +58,11 @@ def environment() -> dict[str, str]:
 
 
 def train(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.CompletedProcess:
-    """Run train_flow.py to its end."""
-    process = start(output_dir, *switches, processes=processes, **settings)
+    """Run train_flow.py to its end, without a launcher."""
+    if processes > 1:
+        argv = flags(output_dir, *switches, **settings)
+        return run_ranks(PROJECT / "train_flow.py", argv, environment(), processes)
+    process = start(output_dir, *switches, **settings)
     printed, errors = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
 
@@ -68,18 +70,12 @@ def train(output_dir: Path, *switches: str, processes: int = 1, **settings: str 
 def start(
     output_dir: Path, *switches: str, processes: int = 1, **settings: str | None
 ) -> subprocess.Popen | ForkedProcess:
-    """Start train_flow.py, in a process group of its own."""
+    """Start train_flow.py, in a process group of its own; several processes by accelerate launch."""
     if processes == 1:
         return ForkedProcess(PROJECT / "train_flow.py", flags(output_dir, *switches, **settings), environment())
     argv = command(output_dir, *switches, processes=processes, **settings)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(argv, env=environment(), cwd=PROJECT, start_new_session=True, **pipes)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def log_lines(output_dir: Path) -> list[dict[str, float]]:
