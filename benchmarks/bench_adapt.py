@@ -144,7 +144,8 @@ def adapt(args: argparse.Namespace, table: Path, footage: str, seed: int, sample
 def evaluate(folder: Path, source: str, samples: dict[str, list[tuple[FlowSample, str]]]) -> dict[str, Any]:
     """Data set -> metrics of a model, from ground truth."""
     sizes = {name: pairs[0][0].image1.shape[:2] for name, pairs in samples.items()}
-    cache = folder / f"evaluation-{Path(source).stem}-{max(sizes.values())[1]}.json"
+    path = Path(source).resolve()
+    cache = folder / f"evaluation-{path.parent.name}-{path.stem}-{max(sizes.values())[1]}.json"
     if cache.is_file():
         return json.loads(cache.read_text())
     model = load_raft(source).eval()

@@ -181,9 +181,7 @@ def _split_of(path: str) -> str:
     return SHARD.fullmatch(path)[1]  # type: ignore[index]
 
 
-def publish_to_folder(
-    source: str, splits: Mapping[str, Dataset], folder: Path, max_shard_bytes: int
-) -> None:
+def publish_to_folder(source: str, splits: Mapping[str, Dataset], folder: Path, max_shard_bytes: int) -> None:
     """Write into a folder what `publish` uploads, to be inspected or uploaded by other means."""
     formats: set[str] = set()
     for _, _, suffixes in write_shards(splits, folder, max_shard_bytes):

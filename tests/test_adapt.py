@@ -106,7 +106,7 @@ def test_a_student_must_come_closer_to_the_labels_and_agree_with_itself(footage,
     predicting(monkeypatch, far=labels + 3 * there_and_back, near=labels + there_and_back, torn=torn,
                broken=labels * torch.nan)  # fmt: skip
     pair = write_pair(tmp_path, footage.frames, labels)
-    good = check_student("far", "near", [pair], 12)
+    good = check_student("far", "near", [pair], 12, own_labels=False)
     assert good["reasons"] == []
     assert good["distance"] == pytest.approx([3 * 2**0.5, 2**0.5], rel=1e-5)
     for before, after, reason in (
@@ -115,7 +115,30 @@ def test_a_student_must_come_closer_to_the_labels_and_agree_with_itself(footage,
         ("far", "torn", "disagree on more pixels"),
         ("far", "broken", "has not fallen"),
     ):
-        assert any(reason in line for line in check_student(before, after, [pair], 12)["reasons"]), (before, after)
+        reasons = check_student(before, after, [pair], 12, own_labels=False)["reasons"]
+        assert any(reason in line for line in reasons), (before, after)
+
+
+def test_with_its_own_labels_a_student_must_not_become_worse(footage, tmp_path, monkeypatch):
+    """They are almost reached before, so the distance to them may rise; frames and consistency show harm."""
+    right = true_flow(footage)
+    there_and_back = torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+    torn = right.clone()
+    torn[0, :, :36] += 1
+    predicting(monkeypatch, right=right, near=right + 0.02 * there_and_back, far=right + 3 * there_and_back, torn=torn,
+               broken=right * torch.nan)  # fmt: skip
+    pair = write_pair(tmp_path, footage.frames, right)
+    good = check_student("right", "near", [pair], 12, own_labels=True)
+    assert good["reasons"] == [] and good["distance"][1] > good["distance"][0]
+    assert good["census"][1] < good["census"][0] + judge.NEGLIGIBLE_CENSUS_LOSS
+    for before, after, reason in (
+        ("right", "far", "explains the frames less"),
+        ("right", "torn", "disagree on more pixels"),
+        ("right", "broken", "disagree on more pixels"),
+    ):
+        reasons = check_student(before, after, [pair], 12, own_labels=True)["reasons"]
+        assert any(reason in line for line in reasons), (before, after, reasons)
+    assert check_student("far", "right", [pair], 12, own_labels=True)["reasons"] == []
 
 
 def test_a_guard_refuses_what_is_lost_elsewhere():
@@ -149,13 +172,15 @@ def test_flags_of_the_trainer_are_told_from_those_of_the_command():
     assert flags == "--learning_rate 1e-3 --crop_size 64 72".split()
     config = parse_config(trainer_arguments(args, flags, num_pairs=3))
     assert (config.learning_rate, config.crop_size, config.model_name_or_path) == (1e-3, [64, 72], "m")
-    assert (config.train_mix, config.total_batch_size, config.max_train_steps) == ({"pairs": 1}, 1, 120)
+    assert config.train_mix == {"pairs": 20, "synthetic": 1} and config.synthetic_num_pairs == 30
+    assert (config.total_batch_size, config.max_train_steps) == (1, 150)
 
 
 def test_steps_grow_with_the_footage():
-    args, flags = parse_args(["a", "--output_dir", "out"])
-    steps = [parse_config(trainer_arguments(args, flags, pairs)).max_train_steps for pairs in (1, 15, 20, 50, 500)]
-    assert steps == [120, 120, 160, 400, 400]
+    for share, expected in (("0", [120, 120, 160, 400, 400]), ("0.2", [150, 150, 200, 500, 500])):
+        args, flags = parse_args(["a", "--output_dir", "out", "--mix_synthetic", share])
+        steps = [parse_config(trainer_arguments(args, flags, pairs)).max_train_steps for pairs in (1, 15, 20, 50, 500)]
+        assert steps == expected  # a synthetic share comes on top
     assert parse_config(trainer_arguments(args, flags, 1, on_gpu=True)).total_batch_size == 4
     args, flags = parse_args(["a", "--output_dir", "out", "--max_train_steps", "7"])
     assert parse_config(trainer_arguments(args, flags, 500)).max_train_steps == 7
