@@ -6,6 +6,7 @@ of its own for (a launcher, other environment variables at import, limits) it st
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -28,14 +29,18 @@ class ForkedProcess:
         script: The program; what it shares with train_flow.py is imported by the server at the first call.
         argv: Its arguments.
         environment: Its environment variables; those that are read at import are the ones of the first call.
+        max_file_bytes: No file can grow beyond this, as on a full disk; what is printed goes to files, too.
     """
 
-    def __init__(self, script: Path, argv: Sequence[str], environment: Mapping[str, str]):
+    def __init__(
+        self, script: Path, argv: Sequence[str], environment: Mapping[str, str], max_file_bytes: int | None = None
+    ):
         self.args = [sys.executable, str(script), *argv]
         self._output = [tempfile.NamedTemporaryFile(mode="w+") for _ in ("stdout", "stderr")]
         _start_server(environment)
         names = [file.name for file in self._output]
-        self._process = CONTEXT.Process(target=_run, args=(script, list(argv), dict(environment), names, START_METHOD))
+        arguments = (script, list(argv), dict(environment), names, START_METHOD, max_file_bytes)
+        self._process = CONTEXT.Process(target=_run, args=arguments)
         self._process.start()
         self.pid = self._process.pid
         while os.path.exists(f"/proc/{self.pid}") and os.getpgid(self.pid) != self.pid:  # else killpg finds no group
@@ -114,8 +119,18 @@ def _start_server(environment: Mapping[str, str]) -> None:
         os.environ.update(before)
 
 
-def _run(script: Path, argv: list[str], environment: dict[str, str], output: list[str], start_method: str) -> None:
+def _run(
+    script: Path,
+    argv: list[str],
+    environment: dict[str, str],
+    output: list[str],
+    start_method: str,
+    max_file_bytes: int | None,
+) -> None:
     os.setsid()
+    if max_file_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     multiprocessing.set_start_method(start_method, force=True)
     os.chdir(script.parent)
     for descriptor, name in enumerate(output, 1):

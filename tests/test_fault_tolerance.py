@@ -141,16 +141,6 @@ def test_a_signal_to_one_of_two_processes_stops_both(whole, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)  # rounding grows from step to step
 
 
-def limit_files_to(size: int):
-    """What a full disk looks like to a process: no file can grow beyond so many bytes."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
-
-
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     output_dir = tmp_path / "run"
     assert train(output_dir, **SETTINGS | {"max_train_steps": "3", "validation_sets": None}).returncode == 0
@@ -158,10 +148,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     before = {path.name: path.read_bytes() for path in (output_dir / "checkpoint-2").iterdir()}
     switches = ["--resume_from_checkpoint", "latest", "--allow_config_changes"]
     # no worker: what it hands over lies in files too, on another disk
-    argv = command(output_dir, *switches, **SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"})
-    result = subprocess.run(
-        argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
-    )
+    settings = SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"}
+    result = train(output_dir, *switches, max_file_bytes=60_000, **settings)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"cannot write {output_dir}/checkpoint-4" in result.stderr
     assert f"the last good one is {output_dir}/checkpoint-2" in result.stderr and "Resume with:" in result.stderr
@@ -172,10 +160,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
 def test_a_full_disk_at_the_end_loses_no_step(tmp_path):
     output_dir = tmp_path / "run"
     settings = {"max_train_steps": "1", "checkpointing_steps": "5"}
-    argv = command(output_dir, **settings)
-    result = subprocess.run(
-        argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, preexec_fn=limit_files_to(60_000)
-    )
+    result = train(output_dir, max_file_bytes=60_000, **settings)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "Resume with:" in result.stderr
     assert not (output_dir / "model.safetensors").exists()
 
@@ -263,19 +248,26 @@ def test_only_a_late_second_ctrl_c_stops_at_once(monkeypatch, default_signals):
         signal.raise_signal(signal.SIGINT)
 
 
+def fill_disk() -> None:
+    """Let no file of this process grow beyond a few bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+
 def test_a_run_that_saved_nothing_resumes_from_the_checkpoint_that_it_started_from(whole, tmp_path):
     """From a checkpoint of another folder, and the disk is full at its first own one; and full still at the resume."""
     output_dir = tmp_path / "run"
     settings = SETTINGS | {"validation_sets": None, "dataloader_num_workers": "0"}
     switches = ["--add_noise", "--resume_from_checkpoint", str(whole / "checkpoint-8")]
-    argv = command(output_dir, *switches, **settings)
-    options = {"capture_output": True, "text": True, "env": environment(), "cwd": PROJECT}
-    result = subprocess.run(argv, **options, preexec_fn=limit_files_to(60_000))
+    result = train(output_dir, *switches, max_file_bytes=60_000, **settings)
     assert result.returncode == 1 and "there is none before it" in result.stderr, result.stderr
     assert f"--resume_from_checkpoint {whole / 'checkpoint-8'}" in result.stderr
-    result = subprocess.run(argv, **options, preexec_fn=limit_files_to(10))
+    result = subprocess.run(  # an interpreter of its own, as what a forked process prints goes to a file, too
+        command(output_dir, *switches, **settings), capture_output=True, text=True, env=environment(), cwd=PROJECT,
+        preexec_fn=fill_disk,
+    )  # fmt: skip
     assert result.returncode == 1 and "Traceback" not in result.stderr and "cannot write" in result.stderr
-    result = subprocess.run(argv, **options)
+    result = train(output_dir, *switches, **settings)
     assert result.returncode == 0, result.stderr
     steps = [line["step"] for line in log_lines(output_dir)]
     assert steps == [9, 10, 11, 12]

@@ -57,12 +57,14 @@ def environment() -> dict[str, str]:
     return os.environ | CPU
 
 
-def train(output_dir: Path, *switches: str, processes: int = 1, **settings: str | None) -> subprocess.CompletedProcess:
-    """Run train_flow.py to its end, without a launcher."""
+def train(
+    output_dir: Path, *switches: str, processes: int = 1, max_file_bytes: int | None = None, **settings: str | None
+) -> subprocess.CompletedProcess:
+    """Run train_flow.py to its end, without a launcher; one process may have a limit on the size of files."""
+    argv = flags(output_dir, *switches, **settings)
     if processes > 1:
-        argv = flags(output_dir, *switches, **settings)
         return run_ranks(PROJECT / "train_flow.py", argv, environment(), processes)
-    process = start(output_dir, *switches, **settings)
+    process = ForkedProcess(PROJECT / "train_flow.py", argv, environment(), max_file_bytes)
     printed, errors = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
 
