@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 START_METHOD = multiprocessing.get_start_method()  # that of an interpreter, for the workers of a program
 
 
 class ForkedProcess:
-    """`python SCRIPT ARGV` in a session of its own; the part of `subprocess.Popen` that tests use.
+    """`python SCRIPT ARGV` in the project's folder, in a session of its own; the part of `Popen` that tests use.
 
     Args:
         script: The program; what it shares with train_flow.py is imported by the server at the first call.
@@ -132,7 +133,7 @@ def _run(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     multiprocessing.set_start_method(start_method, force=True)
-    os.chdir(script.parent)
+    os.chdir(PROJECT)
     for descriptor, name in enumerate(output, 1):
         file = os.open(name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
@@ -141,5 +142,5 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(script), *argv]
-    sys.path.insert(0, str(script.parent))
+    sys.path.insert(0, str(PROJECT))
     runpy.run_path(str(script), run_name="__main__")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forked_process import ForkedProcess
 from moving_shapes import moving_shapes
 from PIL import Image
 from safetensors.torch import load_file
@@ -238,24 +238,29 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def command(tiny: Path, output_dir: Path, *flags: str) -> list[str]:
+def arguments(tiny: Path, output_dir: Path, *flags: str) -> list[str]:
     settings = "--max_train_steps 12 --learning_rate 2e-5 --crop_size 128 128 --num_flow_updates 3 --logging_steps 1 "
     settings += "--checkpointing_steps 2 --dataloader_num_workers 0 --report_to none --device cpu "
     settings += "--synthetic_image_size 128 128 --synthetic_validation_pairs 2"
     launch = "--num_processes 1 --cpu --num_cpu_threads_per_process 1"
     models = ["--model", str(tiny / "student"), "--teacher", str(tiny / "teacher"), "--output_dir", str(output_dir)]
-    return [sys.executable, "-m", "flow_training.adapt", str(tiny / "clip"), *models, *settings.split(),
-            "--launch", launch, *flags]  # fmt: skip
+    return [str(tiny / "clip"), *models, *settings.split(), "--launch", launch, *flags]
 
 
-def run(*argv: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(argv, capture_output=True, text=True, env=environment(), cwd=PROJECT, timeout=600, **kwargs)
+def start(argv: list[str]) -> ForkedProcess:
+    return ForkedProcess(PROJECT / "flow_training" / "adapt.py", argv, environment())
+
+
+def run(argv: list[str]) -> subprocess.CompletedProcess:
+    process = start(argv)
+    printed, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_equals_an_uninterrupted_one(tiny, tmp_path, capsys, default_signals):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    result = run(*command(tiny, whole, "--force"))
+    result = run(arguments(tiny, whole, "--force"))
     assert result.returncode == 0, result.stdout + result.stderr
 
     def labelled() -> bool:
@@ -266,24 +271,21 @@ def test_a_run_that_is_killed_in_every_phase_equals_an_uninterrupted_one(tiny, t
         path = cut / "train_log.jsonl"
         return path.exists() and any(line["step"] >= step for line in read_log(path))
 
-    argv = command(tiny, cut, "--force")
+    argv = arguments(tiny, cut, "--force")
     for reached, with_training in (
         (labelled, True),
         (lambda: trained(3), True),
         (lambda: trained(7), False),  # the training outlives the command, and the next one waits for it
         (lambda: (cut / "model.safetensors").exists(), True),
     ):
-        process = subprocess.Popen(
-            argv, env=environment(), cwd=PROJECT, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        process = start(argv)
         deadline = time.monotonic() + 300
         while not reached():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         kill(process, with_training)
         assert "accepted" not in json.loads((cut / RECORD).read_text())
-    result = run(*argv)
+    result = run(argv)
     assert result.returncode == 0, result.stdout + result.stderr
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (cut, whole))
     for name in theirs:
@@ -300,12 +302,12 @@ def test_a_run_that_is_killed_in_every_phase_equals_an_uninterrupted_one(tiny, t
     assert card.count("## Adaptation") == 1
     assert "that were held out" in card and np.asarray(Image.open(whole / "before_after.png")).std() > 10
 
-    assert main(argv[3:]) == 0 and "accepted" in capsys.readouterr().out
+    assert main(argv) == 0 and "accepted" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="flags was"):
-        main([*argv[3:], "--seed", "5"])
+        main([*argv, "--seed", "5"])
 
 
-def kill(process: subprocess.Popen, with_training: bool) -> None:
+def kill(process: ForkedProcess, with_training: bool) -> None:
     """SIGKILL the command, and the training below it, which has a session of its own."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
@@ -320,14 +322,14 @@ def kill(process: subprocess.Popen, with_training: bool) -> None:
 def test_weights_that_the_judge_refuses_are_kept_apart(tiny, tmp_path, default_signals):
     """A teacher is refused before training where its student is better; weights that have not moved, after it."""
     exchanged = ["--model", str(tiny / "teacher"), "--teacher", str(tiny / "student")]
-    result = run(*command(tiny, tmp_path / "run", *exchanged))
+    result = run(arguments(tiny, tmp_path / "run", *exchanged))
     assert result.returncode == 5 and "no better than the student" in result.stderr and "--force" in result.stderr
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
     flags = ["--force", "--learning_rate", "1e-12", "--max_train_steps", "2"]
-    result = run(*command(tiny, tmp_path / "other", *flags))
+    result = run(arguments(tiny, tmp_path / "other", *flags))
     assert result.returncode == 5, result.stdout + result.stderr
     assert "not accepted: the distance to the teacher's labels has not fallen" in result.stderr
     assert not (tmp_path / "other" / "model.safetensors").exists()
     rejected = tmp_path / "other" / "rejected"
     assert {"model.safetensors", "config.json", "README.md"} <= {path.name for path in rejected.iterdir()}
-    assert main(command(tiny, tmp_path / "other", *flags)[3:]) == 5
+    assert main(arguments(tiny, tmp_path / "other", *flags)) == 5

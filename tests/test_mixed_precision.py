@@ -306,7 +306,8 @@ def run_in_float16(monkeypatch):
             return accelerator, config
 
         monkeypatch.setattr(train_flow, "make_accelerator", make)
-        train_flow.main(flags(output_dir, mixed_precision="fp16", per_device_train_batch_size="2", **settings))
+        batch = {"per_device_train_batch_size": "2"}
+        train_flow.main(flags(output_dir, mixed_precision="fp16", **batch | settings))
         return scaler
 
     yield run
@@ -317,6 +318,7 @@ def run_in_float16(monkeypatch):
 def test_a_run_skips_steps_that_overflow_in_float16(run_in_float16, tmp_path):
     num_steps = 32
     fixed = {"max_train_steps": str(num_steps), "checkpointing_steps": "4", "ema_decay": "0.9"}
+    fixed |= {"total_batch_size": "2", "per_device_train_batch_size": "1"}  # two micro-batches
     scaler = run_in_float16(tmp_path / "whole", **fixed)
     scales, learning_rates, changed = zip(*scaler.steps, strict=True)
     assert len(scaler.steps) == num_steps  # skipped ones are counted
