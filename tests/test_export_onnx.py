@@ -17,6 +17,8 @@ from modeling_raft.export_onnx import dynamic_shapes, export_onnx, main
 
 UPDATES = 2
 
+pytestmark = pytest.mark.slow  # an export takes 20 s
+
 
 def run(path, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Flow and low_res_flow from onnxruntime."""
@@ -131,7 +133,6 @@ def test_a_folder_and_a_missing_package_are_said(tiny, tmp_path, monkeypatch):
         export_onnx(tiny, tmp_path / "model.onnx")
 
 
-@pytest.mark.slow
 def test_published_weights_on_real_pairs(sample_data, sample_weights, tmp_path, capsys):
     path = tmp_path / "small.onnx"
     main([str(sample_weights / "raft-small.pth"), str(path), "--num_flow_updates", str(UPDATES)])

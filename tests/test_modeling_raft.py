@@ -75,7 +75,7 @@ def torchvision_in_double(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("size", ["large", "small"])
+@pytest.mark.parametrize("size", [pytest.param("large", marks=pytest.mark.slow), "small"])
 def test_gradients_equal_torchvision(size, torchvision_in_double):
     oracle, model = torchvision_and_ours(size)
     oracle, model = oracle.double().train(), model.double().train()

@@ -122,7 +122,7 @@ class Threads(torch.utils.data.Dataset):
         return torch.tensor([cv2.getNumThreads(), torch.get_num_threads()])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_have_one_thread(start):
     before = cv2.getNumThreads(), torch.get_num_threads()
     loader = DataLoader(Threads(), num_workers=2, worker_init_fn=use_one_thread, multiprocessing_context=start)

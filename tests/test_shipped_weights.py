@@ -64,6 +64,7 @@ def test_the_shipped_name_works_from_everywhere(tmp_path, monkeypatch):
     assert find_model(PRETRAINED) == PRETRAINED  # the user's own folder of that name wins
 
 
+@pytest.mark.slow
 def test_prediction_takes_it_without_network(tmp_path):
     """In a new process, in another folder, without the Hub: a car drives to the right on a road that moves left."""
     command = [sys.executable, PROJECT / "predict_flow.py", *FRAMES, "--output", "flow.flo"]

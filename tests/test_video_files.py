@@ -347,6 +347,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_partial_file_that_plays(tmp_path):
     path = tmp_path / "a.mp4"
     partial = tmp_path / "a.mp4.partial.mp4"
