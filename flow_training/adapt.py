@@ -49,6 +49,7 @@ LABELS, TRAINED, HELD_OUT = "labels", "train.csv", "held_out.csv"  # folder, and
 RECORD, IMAGE, REJECTED = "adaptation.json", "before_after.png", "rejected"
 STEPS_PER_PAIR, MOST_STEPS = 4, 400  # of pairs to train on, each direction one, in batches of 1
 GPU_BATCH = 4
+CROP_MULTIPLE, SMALLEST_CROP = 8, 64  # pixels: what the model takes
 SET_BY_ADAPT = {
     "model_name_or_path": "give --model",
     "pairs_path": "it is trained on the labels",
@@ -170,7 +171,7 @@ def adapt(args: argparse.Namespace, flags: list[str], again: str) -> int:
             for reason in reasons:
                 report(f"warning: {reason}")
         if "accepted" not in record:
-            code = train(args, flags, device, len(trained), again)
+            code = train(args, flags, device, trained, again)
             if code != 0:
                 return code
             judge(args, flags, device, record, trained, held_out)
@@ -295,12 +296,14 @@ def check_labels(
         report(f"teacher: census error {check['teacher']:.4f}, student {check['student']:.4f}")
 
 
-def train(args: argparse.Namespace, flags: list[str], device: "torch.device", num_pairs: int, again: str) -> int:
+def train(
+    args: argparse.Namespace, flags: list[str], device: "torch.device", trained: "Sequence[LabelledPair]", again: str
+) -> int:
     """Run train_flow.py in a process of its own, or resume it; returns its exit code."""
     import torch
 
     wait_for_training(args.output_dir)
-    arguments = trainer_arguments(args, flags, num_pairs, on_gpu=device.type == "cuda")
+    arguments = trainer_arguments(args, flags, len(trained), smallest_frame(trained), on_gpu=device.type == "cuda")
     stage = Stage("adapt", arguments, parse_config(arguments))
     if stage.is_done():
         return 0
@@ -338,8 +341,20 @@ def wait_for_training(output_dir: Path) -> None:
             time.sleep(1)
 
 
+def smallest_frame(pairs: "Sequence[LabelledPair]") -> tuple[int, int]:
+    """The smallest height and the smallest width of frames, pixels."""
+    from PIL import Image
+
+    widths, heights = zip(*(Image.open(pair.frames[0]).size for pair in pairs), strict=True)
+    return min(heights), min(widths)
+
+
 def trainer_arguments(
-    args: argparse.Namespace, flags: list[str], num_pairs: int = 1, on_gpu: bool = False
+    args: argparse.Namespace,
+    flags: list[str],
+    num_pairs: int = 1,
+    frame_size: tuple[int, int] | None = None,
+    on_gpu: bool = False,
 ) -> list[str]:
     """The command line of train_flow.py.
 
@@ -347,6 +362,8 @@ def trainer_arguments(
         args: Of this program.
         flags: Of train_flow.py, as given.
         num_pairs: Pairs of frames to train on.
+        frame_size: Height and width into which the crop must fit; else frames would be enlarged for it, and the model
+            would be adapted to another scale than theirs.
         on_gpu: The training has a GPU.
     """
     given = flag_names(flags)
@@ -359,6 +376,9 @@ def trainer_arguments(
     if on_gpu and "total_batch_size" not in given:
         arguments += ["--total_batch_size", str(GPU_BATCH)]
     config: TrainingConfig = parse_config([*arguments, *fixed])
+    if frame_size is not None and "crop_size" not in given:
+        crop_size = [fit_crop(*sides) for sides in zip(config.crop_size, frame_size, strict=True)]
+        arguments += ["--crop_size", *map(str, crop_size)]
     steps, batch = config.max_train_steps, config.total_batch_size
     if "max_train_steps" not in given:
         steps = max(steps, min(STEPS_PER_PAIR * 2 * num_pairs // batch, MOST_STEPS))
@@ -369,6 +389,14 @@ def trainer_arguments(
         repeats = max(1, round((1 - args.mix_synthetic) * steps * batch / (2 * num_pairs)))
         arguments += ["--train_mix", f"{{pairs: {repeats}, synthetic: 1}}", "--synthetic_num_pairs", str(synthetic)]
     return [*arguments, *fixed]
+
+
+def fit_crop(side: int, frame_side: int) -> int:
+    """The side of a crop, reduced so that a frame need not be enlarged for it, pixels."""
+    from flow_data.augmentation import DENSE_CROP_SLACK
+
+    fitting = (frame_side - DENSE_CROP_SLACK) // CROP_MULTIPLE * CROP_MULTIPLE
+    return min(side, max(fitting, SMALLEST_CROP))
 
 
 def guards(args: argparse.Namespace) -> list[str]:
