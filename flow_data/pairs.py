@@ -285,7 +285,10 @@ def _csv_lines(text: str, path: str) -> Iterator[tuple[int, Cells]]:
         columns = [(name or "").strip() for name in reader.fieldnames or []]
         if not {"image1", "image2"} <= set(columns):
             received = ", ".join(columns) or "nothing"
-            raise ValueError(f"{path}: the first line must have the columns image1, image2, flow; got {received}")
+            raise ValueError(
+                f"{path}: the first line must have the columns image1 and image2, and flow for ground truth; got "
+                f"{received}"
+            )
         reader.fieldnames = columns
         for cells in reader:
             yield reader.line_num, cells

@@ -3,6 +3,7 @@
 Shapes: `B` batch, `H W` frame, `H' W'` frame as the model takes it, `h w` 1/8 grid of that.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -280,3 +281,12 @@ def _run_updates(
         pairs = [settled.get(index, (hidden[index, None], low_res_flow[index, None])) for index in range(batch_size)]
         hidden, low_res_flow = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return hidden, low_res_flow, counts
+
+
+def weights_checksum(model: RaftForOpticalFlow) -> str:
+    """Return the SHA-256 of a model's weights: of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

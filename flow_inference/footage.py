@@ -1,5 +1,8 @@
 """Footage without ground truth: its clips, and which pairs of frames in them to look at, evenly over all of it."""
 
+import contextlib
+import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from flow_data.file_names import find_path, natural_order, refuse_url
+from flow_data.file_names import find_path, is_video, natural_order, refuse_url
 from flow_data.pairs import TABLE_SUFFIXES, read_table
 from flow_inference.frame_changes import is_duplicate
 from flow_inference.frame_sources import list_frames, open_frames, read_frames
@@ -33,6 +36,12 @@ class Clip(NamedTuple):
     size: tuple[int, int]
 
 
+def fingerprint(clip: Clip) -> str:
+    """A text that changes with the names and sizes of the files of a clip."""
+    files = [clip.frames] if isinstance(clip.frames, str) else clip.frames
+    return hashlib.sha256("\n".join(f"{file} {os.path.getsize(file)}" for file in files).encode()).hexdigest()
+
+
 class PlannedPair(NamedTuple):
     """A pair of frames to label: of a clip, from a frame on, and how many different frames later."""
 
@@ -45,8 +54,8 @@ def open_clips(inputs: Sequence[str]) -> list[Clip]:
     """Find the clips that inputs name.
 
     Args:
-        inputs: Videos, folders of frames or of such folders, `.txt` lists of frames, tables of pairs, and images,
-            which are one clip together.
+        inputs: Videos, folders of frames, of videos or of such folders, `.txt` lists of frames, tables of pairs, and
+            images, which are one clip together.
 
     Returns:
         Clips of at least two frames.
@@ -87,10 +96,14 @@ def _clips_of(path: Path) -> list[tuple[str, str | list[str]]]:
         try:
             return [(path.name, [str(frame) for frame in list_frames(path)])]
         except FileNotFoundError:
-            folders = sorted((each for each in path.iterdir() if each.is_dir()), key=lambda f: natural_order(f.name))
-            clips = [clip for folder in folders for clip in _clips_of(folder)] if folders else []
+            clips: list[tuple[str, str | list[str]]] = []
+            for entry in sorted(path.iterdir(), key=lambda entry: natural_order(entry.name)):
+                if entry.name.startswith("."):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # a folder without images or videos
+                    clips += _clips_of(entry) if entry.is_dir() or is_video(entry) else []
             if not clips:
-                raise
+                raise FileNotFoundError(f"{path}: no images and no videos in this folder") from None
             return clips
     if path.suffix.lower() in TABLE_SUFFIXES:
         rows = read_table(str(path.absolute()))

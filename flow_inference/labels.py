@@ -22,18 +22,27 @@ from flow_data.atomic_write import atomic_write
 from flow_data.flow_io import read_flow, write_flow
 from flow_data.formats.masks import decode_mask, encode_mask
 from flow_inference.consistency import is_occluded
-from flow_inference.estimator import FlowEstimator
-from flow_inference.footage import Clip, PlannedPair, find_pairs, plan_pairs
+from flow_inference.estimator import FlowEstimator, weights_checksum
+from flow_inference.footage import Clip, PlannedPair, find_pairs, fingerprint, plan_pairs
 from flow_inference.frame_changes import SceneCutDetector, photometric_error
 from flow_inference.frame_sources import open_frames, read_frames
 from modeling_raft import RaftForOpticalFlow
-from modeling_raft.frames_raft import describe
+from modeling_raft.frames_raft import FrameConverter, describe
 
 # Squared pixels. The usual 0.5 of `flow_inference.consistency` leaves out calm areas without texture, and a model that
 # was adapted to a cartoon without them became worse there (end-point error 1.43 -> 1.50 px, against 0.82 with 4).
 ABSOLUTE_TOLERANCE = 4.0
 LOWEST_SHARE = 0.1  # of valid pixels; a pair with fewer has nothing in common, as at a scene cut
 TABLE, RECORD = "pairs.csv", "labels.json"  # the table is written last: with it, the labels are complete
+SETTINGS = {  # of labels in a folder, in words
+    "teacher": "model",
+    "teacher_sha256": "state of the model's weights",
+    "intensity_range": "--intensity_range",
+    "num_flow_updates": "--num_flow_updates",
+    "gap": "--gap",
+    "clips": "set of frames",
+    "planned": "choice of pairs (--every, --gap, --max_pairs)",
+}
 COLUMNS = ("id", "image1", "image2", "flow", "valid")
 
 
@@ -120,6 +129,7 @@ def make_labels(
     gaps: Sequence[int] = (1, 2),
     max_pairs: int | None = None,
     num_flow_updates: int = 32,
+    intensity_range: tuple[float, float] | None = None,
 ) -> PseudoLabels:
     """Write labels for pairs of frames, or resume writing them; each file is complete or not there.
 
@@ -133,6 +143,8 @@ def make_labels(
         folder: Is made; another call with the same arguments resumes.
         every: As in `plan_pairs`, as are `gaps` and `max_pairs`.
         num_flow_updates: Updates of the flow.
+        intensity_range: (low, high) that become black and white, for frames of 16 bits; None: the range of the first
+            two frames of a clip. The frames are written with 8 bits.
 
     Raises:
         NoLabelsError: No pair has labels.
@@ -144,17 +156,25 @@ def make_labels(
     planned = plan_pairs(clips, gaps, every, max_pairs, model.device.type == "cpu")
     settings = {
         "teacher": teacher,
+        "teacher_sha256": weights_checksum(model),
+        "intensity_range": None if intensity_range is None else list(intensity_range),
         "num_flow_updates": num_flow_updates,
         "gap": sorted(set(gaps)),
         "clips": [
-            {"name": clip.name, "frames": clip.num_frames, "size": list(clip.size), "from": _place(clip.frames)}
+            {
+                "name": clip.name,
+                "frames": clip.num_frames,
+                "size": list(clip.size),
+                "from": _place(clip.frames),
+                "sha256": fingerprint(clip),
+            }
             for clip in clips
         ],
         "planned": [list(pair) for pair in planned],
     }
+    records = read_records(folder, settings)
     for name in ("frames", "flow", "valid"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    records = read_records(folder, settings)
     if not (folder / TABLE).exists():
         _label_clips(model, clips, planned, folder, settings, records)
         kept = [record for record in records.values() if record["kept"]]
@@ -176,10 +196,11 @@ def read_records(folder: Path, settings: dict[str, Any]) -> dict[tuple[int, int,
     if not path.exists():
         return {}
     content = json.loads(path.read_text())
-    changed = [name for name in settings if content["settings"].get(name) != settings[name]]
+    changed = [SETTINGS[name] for name in settings if content["settings"].get(name) != settings[name]]
     if changed:
         raise ValueError(
-            f"{folder} has labels of another {', '.join(changed)}: choose another folder, or remove this one"
+            f"{folder} has labels with another {' and another '.join(dict.fromkeys(changed))}: choose another folder, "
+            "or remove this one"
         )
     return {(record["clip"], record["start"], record["gap"]): record for record in content["pairs"]}
 
@@ -203,7 +224,10 @@ def _label_clips(
                 continue
             estimator = FlowEstimator(model, *clip.size, mixed_precision="no")
             detectors = {gap: SceneCutDetector() for gap in settings["gap"]}
-            frames = read_frames(open_frames(clip.frames))
+            frames = read_frames(
+                open_frames(clip.frames),
+                FrameConverter(settings["intensity_range"] and tuple(settings["intensity_range"])),
+            )
             for start, end, gap, frame1, frame2 in find_pairs(frames, wanted):
                 record = records.get((number, start, gap))
                 if record is None:
@@ -293,7 +317,8 @@ def read_labels(folder: Path) -> PseudoLabels:
     kept = [records[key] for key in sorted(records) if records[key]["kept"]]
     share = sum(record["valid"] for record in kept) / max(len(kept), 1)
     planned = len(content["settings"]["planned"])
-    description = f"{len(kept)} pairs of frames in both directions, {100 * share:.0f} % of the pixels valid"
+    number = "1 pair" if len(kept) == 1 else f"{len(kept)} pairs"
+    description = f"{number} of frames in both directions, {100 * share:.0f} % of the pixels valid"
     if len(kept) < planned:
         description += f"; {describe_skipped(records, planned)}"
     return PseudoLabels(folder, [labelled_pair(folder, record) for record in kept], description)
@@ -315,7 +340,7 @@ def describe_skipped(records: dict[tuple[int, int, int], dict[str, Any]], planne
     reasons = [
         (missing, "without a different second frame (duplicates, or the end of the clip)"),
         (counts["cut"], "across a scene cut"),
-        (counts["inconsistent"], "in which forward and backward flow agree nowhere"),
+        (counts["inconsistent"], "in which forward and backward flow agree in less than a tenth"),
         (counts["flat"], "with a frame of one color"),
     ]
     return f"skipped of {planned} pairs: " + ", ".join(f"{count} {reason}" for count, reason in reasons if count)

@@ -2,10 +2,10 @@
 
 python -m flow_inference.pseudo_labels clip.mp4 --model raft-sintel.pth --output labels
 
-A video, a folder of frames, a folder of such folders, a list of frames (.txt, one path a line) and a table of pairs
-(.csv, .jsonl with image1 and image2) are clips; image files that are given are one clip together. Each pair of frames
-is estimated in both directions, from zero flow and at full size, and is two pairs to train on. A pixel is valid where
-forward and backward flow agree. Duplicate frames, scene cuts and frames of one color are skipped.
+Clips are a video, a folder of frames, a folder of videos or of such folders, a list of frames (.txt, one path a line),
+and each pair of a table (.csv, .jsonl with image1 and image2); image files that are given are one clip together. Each
+pair of frames is estimated in both directions, from zero flow and at full size, and is two pairs to train on. A pixel
+is valid where forward and backward flow agree. Duplicate frames, scene cuts and frames of one color are skipped.
 
 The output is a source `pairs`: `python -m flow_data.preview pairs --data_dir labels` shows it, and
 `train_flow.py --train_mix '{pairs: 1}' --pairs_path labels` trains on it. The same command resumes after an
@@ -35,6 +35,9 @@ def add_label_flags(parser: argparse.ArgumentParser) -> None:
         "--max_pairs", type=int, metavar="N", help="at most so many pairs of frames, evenly over the footage; "
         "default: as many as hold 6 megapixels on a CPU (13 pairs of 436 x 1024), 400 on a GPU, but at least "
         "4")  # fmt: skip
+    parser.add_argument(
+        "--intensity_range", type=float, nargs=2, metavar=("LO", "HI"), help="what becomes black and white of frames "
+        "with 16 bits; default: the smallest and largest value of the first two frames of a clip")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         from flow_inference.labels import make_labels
         from modeling_raft.convert_raft_checkpoint import load_raft
 
+        if args.output.exists() and not args.output.is_dir():
+            raise NotADirectoryError(f"{args.output} is a file; --output must be a folder")
         device = choose_device(args.device)
         clips = open_clips(args.inputs)
         model = load_raft(find_model(args.model)).eval().to(device)
@@ -75,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             gaps=args.gap,
             max_pairs=args.max_pairs,
             num_flow_updates=args.num_flow_updates,
+            intensity_range=args.intensity_range,
         )
     except Exception as error:
         message = explain_out_of_memory(error, "the labels", "Reduce the frames, or estimate on another device.")

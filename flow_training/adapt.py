@@ -6,8 +6,9 @@ A teacher, a stronger model or else the model itself, labels pairs of frames (`f
 train_flow.py trains the model on these with the settings of configs/adapt.yaml. Then the weights are judged: what can
 be seen without ground truth must have improved. docs/adapting.md explains when this helps and what it cannot see.
 
-All further flags are train_flow.py's, for example --learning_rate 5e-5. The same command resumes after an
-interruption. Exit codes: 0, the weights are accepted; 5, they are not, or the labels are not worth training on.
+INPUT comes before all flags. All further flags are train_flow.py's, for example --learning_rate 5e-5. The same command
+resumes after an interruption. Exit codes: 0, the weights are accepted; 5, they are not, or the labels are not worth
+training on; 128 + N, stopped by signal N.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from flow_data.optional_packages import MissingPackageError
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model
 from flow_inference.pseudo_labels import DEVICE_HELP, add_label_flags
-from flow_training.config import TrainingConfig, parse_config, without_token
+from flow_training.config import CHANGEABLE_ON_RESUME, TrainingConfig, parse_config, without_token
 from flow_training.curriculum import TRAINER, Stage
+from flow_training.flags import FlagParser, nearest
 from flow_training.hub import CARD, PUBLISHED_FILES
 from flow_training.ops.launcher import SignalForwarder
 from flow_training.run_log import FILE_NAME as LOG_NAME
@@ -58,6 +60,7 @@ SET_BY_ADAPT = {
     "resume_from_checkpoint": "an adaptation in progress is always resumed",
     "validation_sets": "give --guard",
 }
+LABEL_FLAGS = {"every": "every", "gap": "gaps", "max_pairs": "max_pairs", "intensity_range": "intensity_range"}
 ALWAYS_GUARD = "synthetic"  # labelled pairs that need no data
 
 
@@ -72,7 +75,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="videos; folders of frames, or of such folders; lists of frames "
-        "(.txt); tables of pairs (.csv, .jsonl); images, which are one clip together")  # fmt: skip
+        "(.txt); tables of pairs (.csv, .jsonl); images, which are one clip together; before all flags")  # fmt: skip
     add("--model", help="weights to adapt: a folder, a repository id or a file of weights; default: the shipped "
         f"{PRETRAINED}")  # fmt: skip
     add("--teacher", help="weights that estimate the labels; default: those of --model")
@@ -98,6 +101,10 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             target = own if word.partition("=")[0] in known else flags
         target.append(word)
     args = parser.parse_args(own)
+    names = [*known, *FlagParser(TrainingConfig, PROG)._option_string_actions]
+    for flag in (word.partition("=")[0] for word in flags if is_flag(word)):
+        if flag not in names:
+            parser.error(f"unknown flag {flag}{nearest(flag, names)}")
     if not 0 <= args.mix_synthetic <= 0.9:
         parser.error(f"--mix_synthetic must be between 0 and 0.9; got {args.mix_synthetic:g}")
     if not args.max_guard_loss >= 0:
@@ -121,8 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Label, check the teacher, train, judge; each phase is skipped where it is done."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args, flags = parse_args(argv)
-    parse_config(trainer_arguments(args, flags))  # mistakes in flags are found now, not after the labels
-    again = f"resume with:  {shlex.join(['python', '-m', PROG, *without_token(argv)])}"
+    config = parse_config(trainer_arguments(args, flags))  # mistakes in flags are found now, not after the labels
+    if any(name.partition(":")[0] == "pairs" for name in args.guard) and config.validation_pairs_path is None:
+        sys.exit(f"{PROG}: error: --guard pairs needs --validation_pairs_path, a table of pairs with ground truth")
+    again = shlex.join(["python", "-m", PROG, *without_token(argv)])
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice ends it as Ctrl-C does
     try:
@@ -133,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.exit(f"{PROG}: error: {message or error}")
     except KeyboardInterrupt:
-        sys.exit(f"{PROG}: stopped; {again}")
+        print(f"{PROG}: stopped; resume with:  {again}", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def adapt(args: argparse.Namespace, flags: list[str], again: str) -> int:
@@ -158,7 +168,7 @@ def adapt(args: argparse.Namespace, flags: list[str], again: str) -> int:
     record = open_record(args, flags)
     lock = RunLock(args.output_dir / LABELS)  # not of output_dir, which train_flow.py locks
     try:
-        labels = label(args, device, record)
+        labels = label(args, flags, device, record)
         if labels is None:
             return refuse(args.output_dir, record, "no labels", record["labels"]["reasons"])
         trained, held_out = split_pairs(labels.pairs)
@@ -167,7 +177,7 @@ def adapt(args: argparse.Namespace, flags: list[str], again: str) -> int:
         check_labels(args, flags, device, record, labels)
         if reasons := record["teacher_check"]["reasons"]:
             if not args.force:
-                return refuse(args.output_dir, record, "not trained; --force does", reasons)
+                return refuse(args.output_dir, record, "nothing was trained; --force trains all the same", reasons)
             for reason in reasons:
                 report(f"warning: {reason}")
         if "accepted" not in record:
@@ -190,30 +200,23 @@ def open_record(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         ValueError: The folder holds something else.
     """
     folder, path = args.output_dir, args.output_dir / RECORD
-    settings = {
-        "inputs": args.inputs,
-        "model": args.model or PRETRAINED,
-        "teacher": args.teacher,
-        "config": args.config,
-        "every": args.every,
-        "gap": args.gap,
-        "max_pairs": args.max_pairs,
-        "mix_synthetic": args.mix_synthetic,
-        "guard": args.guard,
-        "max_guard_loss": args.max_guard_loss,
-        "flags": without_token(flags),
-    }
+    names = ("inputs", "model", "teacher", *LABEL_FLAGS, "mix_synthetic", "guard", "max_guard_loss")
+    settings = {name: vars(args)[name] for name in names} | {"model": args.model or PRETRAINED}
+    config = parse_config(trainer_arguments(args, flags)).to_dict()
+    settings |= {name: value for name, value in config.items() if name not in CHANGEABLE_ON_RESUME}
+    settings = json.loads(json.dumps(settings))
     if not path.exists():
         found = [each.name for each in (folder / LOG_NAME, folder / "model.safetensors") if each.exists()]
         if found:
             raise ValueError(f"{folder} holds another run ({found[0]}): choose another output_dir, or remove it")
         return {"settings": settings}
     record: dict[str, Any] = json.loads(path.read_text())
-    changes = [
-        f"{name} was {record['settings'].get(name)}, is {value} now"
-        for name, value in settings.items()
-        if record["settings"].get(name) != value
-    ]
+    begun = record["settings"]
+    changes = [f"{name} was {begun.get(name)}, is {settings[name]} now" for name in settings
+               if begun.get(name) != settings[name]]  # fmt: skip
+    only_labels = not (folder / LOG_NAME).exists() and "accepted" not in record
+    if only_labels and all(begun.get(name) == settings[name] for name in ("inputs", "model", "teacher", *LABEL_FLAGS)):
+        return {"settings": settings}  # nothing is trained yet, and the labels are the same
     if changes:
         raise ValueError(
             f"{folder} holds an adaptation with other settings: {'; '.join(changes)}. Choose another output_dir, or "
@@ -231,18 +234,28 @@ def save_record(output_dir: Path, record: dict[str, Any]) -> None:
 # ---- phases ----
 
 
-def label(args: argparse.Namespace, device: "torch.device", record: dict[str, Any]) -> "PseudoLabels | None":
+def label(
+    args: argparse.Namespace, flags: list[str], device: "torch.device", record: dict[str, Any]
+) -> "PseudoLabels | None":
     """Write the labels, or read them where they are complete; None where there are none to learn from.
 
     The record is begun when inputs and models have been found, so that a slip of the keyboard leaves none.
     """
     from flow_inference.footage import open_clips
     from flow_inference.labels import TABLE, NoLabelsError, make_labels, read_labels
+    from flow_training.data import validation_sets
 
     folder = args.output_dir / LABELS
-    if (folder / TABLE).exists():
-        return read_labels(folder)
-    clips, student = open_clips(args.inputs), load(args.model, device)
+    try:
+        clips = open_clips(args.inputs)
+    except FileNotFoundError:
+        if (folder / TABLE).exists():
+            return read_labels(folder)  # they hold the frames that they need
+        raise
+    validation_sets(
+        parse_config(trainer_arguments(args, flags))
+    )  # a guard that is not there is found before the labels
+    student = load(args.model, device)
     teacher = student if args.teacher is None else load(args.teacher, device)
     save_record(args.output_dir, record)
     try:
@@ -251,9 +264,7 @@ def label(args: argparse.Namespace, device: "torch.device", record: dict[str, An
             args.teacher or args.model or PRETRAINED,
             clips,
             folder,
-            every=args.every,
-            gaps=args.gap,
-            max_pairs=args.max_pairs,
+            **{LABEL_FLAGS[name]: vars(args)[name] for name in LABEL_FLAGS},
         )
     except NoLabelsError as error:
         record["labels"] = {"reasons": [str(error)]}
@@ -312,14 +323,16 @@ def train(
         *("--num_cpu_threads_per_process", str(torch.get_num_threads())),
         *(["--cpu"] if device.type == "cpu" else []),
     ]  # fmt: skip
-    with SignalForwarder(TRAINER, PROG) as signals:
+    with SignalForwarder(TRAINER, PROG, again) as signals:
         code = signals.run(
             [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch, str(TRAINER), *arguments]
         )
+    if signals.signal is not None and not stage.is_done():
+        return 128 + signals.signal
     if code == 0 and not stage.is_done():
-        code = 1 if signals.signal is None else 128 + signals.signal
+        code = 1
     if code != 0:
-        report(f"the training ended with exit code {code}; {again}")
+        report(f"the training ended with exit code {code}; resume with:  {again}")
     return code
 
 
@@ -455,6 +468,8 @@ def finish(output_dir: Path, record: dict[str, Any]) -> int:
     names = [path.name for pattern in PUBLISHED_FILES for path in output_dir.glob(pattern)]
     for name in sorted(set(names), key=lambda name: not name.endswith(".safetensors")):  # no weights without a card
         os.replace(output_dir / name, rejected / name)
+    card = rejected / CARD
+    card.write_text(card.read_text().replace(f'"{output_dir}"', f'"{rejected}"'))
     return refuse(output_dir, record, f"the weights are in {rejected}", record["judge"]["reasons"])
 
 
@@ -484,6 +499,8 @@ def describe_judge(record: dict[str, Any]) -> list[str]:
         f"pixels whose forward and backward flow disagree: {change(check['failing'], 100)} %",
         f"census error: {change(check['census'])}, of the labels {number(record['teacher_check']['teacher'])}",
     ]
+    if reasons := record["teacher_check"]["reasons"]:
+        lines.append(f"the labels were refused before training, and --force trained on them: {'; '.join(reasons)}")
     for name, error in record["guard_before"].items():
         lines.append(f"end-point error on {name}: {change([error, record['guard_after'][name]])} px")
     return lines

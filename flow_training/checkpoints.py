@@ -25,6 +25,7 @@ from flow_data.out_of_memory import is_out_of_memory
 from flow_training.config import CHANGEABLE_ON_RESUME, FIELDS, TrainingConfig, without_token
 from flow_training.flags import read_yaml
 from flow_training.metrics import ERROR_SUMS
+from flow_training.ops.launcher import RESUME_VARIABLE
 from flow_training.optimization import ExponentialMovingAverage, override_hyperparameters
 from flow_training.run_log import FILE_NAME, read_log
 from modeling_raft import RaftForOpticalFlow
@@ -307,8 +308,10 @@ def resume_command(argv: Sequence[str], output_dir: Path) -> str:
     """The command that resumes a run, without secrets, as a line for the user.
 
     Where nothing has been saved yet, it is the command as it was given: the weights or the checkpoint that it started
-    from must not be lost.
+    from must not be lost. Below a program that starts runs, it is that program's.
     """
+    if RESUME_VARIABLE in os.environ:
+        return f"Resume with:  {os.environ[RESUME_VARIABLE]}"
     given = without_token(argv)
     flag = "--resume_from_checkpoint"
     if list_checkpoints(output_dir) or not any(word.startswith(flag) for word in given):

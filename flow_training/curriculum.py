@@ -259,7 +259,7 @@ def run_curriculum(curriculum: Curriculum, again: str) -> int:
             _report(f"stage {number}, {stage.name}: {state}{hint}")
             for line in stage.changed_settings() if state == "done" else []:
                 _report(f"  {line}")
-    with SignalForwarder(TRAINER, PROG) as signals:
+    with SignalForwarder(TRAINER, PROG, again) as signals:
         for number, stage in list(enumerate(curriculum.stages, 1))[first:]:
             if signals.signal is not None:
                 return 128 + signals.signal

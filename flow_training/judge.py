@@ -27,8 +27,10 @@ MOST_JUDGED = 16  # pairs of frames, evenly over the footage
 MOST_DRAWN = 4
 CENSUS_RADIUS = 3  # 7 x 7 pixels
 DISPLACEMENT = (5.0, 5.0)  # pixels (x, y) by which flow is made wrong, to see whether the frames can tell
+FEWEST_MATCHED = 0.01  # of the pixels of the frames, on which labels can be judged
 DISTINGUISHED = 0.9  # a census error of at most this share of that of the wrong flow
 MAX_COLLAPSE = 1.25  # factor by which the share of pixels whose flow does not agree with itself may rise
+MAX_FAILING = 0.9  # of the pixels, whatever it was before
 NEGLIGIBLE_COLLAPSE = 0.01  # of the pixels, which may always be added to that share
 # On synthetic pairs, which every adaptation is guarded by. It tells damage from the usual forgetting: in trials the
 # error there rose by 6 to 48 % where that on real pairs of other footage rose by 8 to 22 %, and by 380 % where it rose
@@ -124,7 +126,7 @@ def check_teacher(
         The mean census errors of the labels (`teacher`), of the `student` and of labels that were made wrong
         (`displaced`), over pixels that both models see in both frames; and `reasons`, why these labels are refused.
     """
-    sums, count = np.zeros(3), 0
+    sums, count, total_pixels = np.zeros(3), 0, 0
     for pair in spread(pairs, MOST_JUDGED):
         frames = pair.read_frames()
         labels, mask = pair.read_labels()
@@ -138,10 +140,14 @@ def check_teacher(
             total, pixels = census_error(images, images.flip(0), candidate, mask)
             sums[number] += total
         count += pixels
+        total_pixels += mask.numel()
     teacher, own, displaced = (sums / max(count, 1)).tolist()
     reasons = []
-    if count == 0:
-        reasons.append("there is no pixel whose flow both models follow to the other frame and back")
+    if count < FEWEST_MATCHED * total_pixels:
+        reasons.append(
+            f"there are too few pixels to judge by, that both models follow to the other frame and back: {count} of "
+            f"{total_pixels}"
+        )
     elif teacher > DISTINGUISHED * displaced:
         reasons.append(
             f"the frames do not support the labels: their census error is {teacher:.4f}, and {displaced:.4f} where "
@@ -206,9 +212,11 @@ def check_student(
         reasons.append(
             f"the flow explains the frames less than before: census error {census[0]:.4f} -> {census[1]:.4f}"
         )
-    if not failing[1] <= max(MAX_COLLAPSE * failing[0], failing[0] + NEGLIGIBLE_COLLAPSE):
+    limit = min(max(MAX_COLLAPSE * failing[0], failing[0] + NEGLIGIBLE_COLLAPSE), MAX_FAILING)
+    if not failing[1] <= limit:
         reasons.append(
-            f"forward and backward flow disagree on more pixels: {100 * failing[0]:.1f} -> {100 * failing[1]:.1f} %"
+            f"forward and backward flow disagree on too many pixels: {100 * failing[0]:.1f} -> "
+            f"{100 * failing[1]:.1f} %, at most {100 * limit:.1f} %"
         )
     return means | {"reasons": reasons}
 

@@ -296,7 +296,7 @@ def test_a_command_ends_after_all_its_processes(tmp_path):
     )
     command = ["sh", "-c", f"cd {tmp_path} && exec {sys.executable} launcher.py"]
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with SignalForwarder(module.TRAINER, module.PROG) as signals:
+    with SignalForwarder(module.TRAINER, module.PROG, again="again") as signals:
         assert signals.run(command) == 128 + signal.SIGKILL
     assert (tmp_path / "ended").exists()
     assert handlers == [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -305,7 +305,7 @@ def test_a_command_ends_after_all_its_processes(tmp_path):
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_before_the_training_a_signal_ends_the_launcher(default_signals, number):
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with SignalForwarder(module.TRAINER, module.PROG) as signals:
+    with SignalForwarder(module.TRAINER, module.PROG, again="again") as signals:
         threading.Timer(0.5, os.kill, [os.getpid(), number]).start()
         assert signals.run(command) == 128 + signal.SIGTERM
     assert signals.signal is number

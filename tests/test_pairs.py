@@ -205,7 +205,7 @@ def test_a_table_that_is_none(folder):
             load_source("pairs", folder / name)
 
     write_csv(folder / "pairs.csv", "files/3_img1.png,files/3_img2.png", header="image1,img2")
-    refused(r"pairs\.csv: the first line must have the columns image1, image2, flow; got image1, img2")
+    refused(r"pairs\.csv: the first line must have the columns image1 and image2,.*; got image1, img2")
     (folder / "pairs.csv").write_bytes(b"")
     refused(r"got nothing")
     write_csv(folder / "pairs.csv")

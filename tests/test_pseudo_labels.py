@@ -1,5 +1,6 @@
 """Labels without ground truth: which frames are paired, where flow is valid, and files that a run trains on."""
 
+import copy
 import itertools
 import json
 
@@ -20,6 +21,7 @@ from flow_inference.footage import Clip, find_pairs, open_clips, plan_pairs
 from flow_inference.labels import NoLabelsError, estimate_labels, make_labels, read_teacher
 from flow_inference.prediction import predict_pair
 from flow_inference.pseudo_labels import main
+from flow_inference.video_files import VideoWriter
 from modeling_raft import RaftForOpticalFlow
 
 
@@ -138,6 +140,18 @@ def test_inputs_are_clips(tmp_path, clip_folder, video):
     assert all(clip.size == video.shape[1:3] for clip in clips)
 
 
+def test_a_folder_of_clips_may_hold_other_things(tmp_path, clip_folder, video):
+    """Videos are clips; hidden folders and folders without images are passed over."""
+    for name in (".cache", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "readme.txt").touch()
+    (tmp_path / ".cache" / "thumbnail.png").write_bytes((clip_folder / "0.png").read_bytes())
+    with VideoWriter(tmp_path / "b.mp4", 24) as writer:
+        for frame in video[:3]:
+            writer.write(frame)
+    assert [(clip.name, clip.num_frames) for clip in open_clips([str(tmp_path)])] == [("1_b", 3), ("2_clip", 6)]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("none.mp4", "none.mp4"), ("empty", "no images"), ("one", "two frames"), ("https://x.org/a.mp4", "is a URL")],
@@ -219,8 +233,20 @@ def test_an_interrupted_labelling_resumes_and_repeats_nothing(model, clip_folder
     assert len(files) == 2 + 6 + 2 * 18
     for path in files:
         assert (tmp_path / "cut" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
-    with pytest.raises(ValueError, match="labels of another teacher"):
-        make_labels(model, "other", clips, tmp_path / "cut", num_flow_updates=1)
+    changed = copy.deepcopy(model)
+    next(changed.parameters()).data += 1
+    for arguments, match in (
+        ((model, "other", clips), "another model:"),
+        ((changed, "t", clips), "another state of the model's weights"),
+        ((model, "t", clips, 3), r"another choice of pairs \(--every, --gap, --max_pairs\)"),
+    ):
+        every = {"every": arguments[3]} if len(arguments) > 3 else {}
+        with pytest.raises(ValueError, match=match):
+            make_labels(*arguments[:3], tmp_path / "cut", num_flow_updates=1, **every)
+    frame = sorted(clip_folder.iterdir())[-1]  # not the first one, of the same size
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*clips[0].size, 3), np.uint8)).save(frame)
+    with pytest.raises(ValueError, match="another set of frames"):
+        make_labels(model, "t", open_clips([str(clip_folder)]), tmp_path / "cut", num_flow_updates=1)
 
 
 def test_duplicates_cuts_and_flat_frames_are_skipped(model, video, tmp_path, monkeypatch):
@@ -249,7 +275,7 @@ def test_duplicates_cuts_and_flat_frames_are_skipped(model, video, tmp_path, mon
 def test_footage_without_a_label_is_refused(model, clip_folder, tmp_path, monkeypatch):
     nowhere = torch.zeros(2, 2, 136, 144), torch.zeros(2, 136, 144, dtype=torch.bool), 1.0
     monkeypatch.setattr(labels, "estimate_labels", lambda *args: nowhere)
-    with pytest.raises(NoLabelsError, match="agree nowhere"):
+    with pytest.raises(NoLabelsError, match="agree in less than a tenth"):
         make_labels(model, "t", open_clips([str(clip_folder)]), tmp_path / "out")
     assert not (tmp_path / "out" / "pairs.csv").exists()
 
@@ -257,7 +283,11 @@ def test_footage_without_a_label_is_refused(model, clip_folder, tmp_path, monkey
 def test_the_command_labels_a_pair_with_the_shipped_weights(tmp_path, capsys):
     frames = [str(PROJECT / f"examples/frames/frame_000{number}.png") for number in (1, 2)]
     main([*frames, "--output", str(tmp_path / "out"), "--num_flow_updates", "2"])
-    assert "1 pairs of frames" in capsys.readouterr().out
+    assert "1 pair of frames" in capsys.readouterr().out
     assert len(load_source("pairs", tmp_path / "out")) == 2
-    with pytest.raises(SystemExit, match="error: .*no images"):
-        main([str(tmp_path), "--output", str(tmp_path / "other")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="error: .*no images and no videos"):
+        main([str(tmp_path / "empty"), "--output", str(tmp_path / "other")])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="is a file; --output must be a folder"):
+        main([*frames, "--output", str(tmp_path / "file")])

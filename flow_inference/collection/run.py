@@ -6,7 +6,6 @@ Decoding, model and writing overlap: one thread reads ahead, one writes behind.
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flow_data.file_names import COLLECTION_FORMATS, FORMAT_SUFFIXES
 from flow_data.out_of_memory import explain_out_of_memory, is_out_of_memory
@@ -30,6 +28,7 @@ from flow_inference.collection.report import CollectionReport, ProgressBar
 from flow_inference.collection.sources import FlowSource, check_outputs, choose_shard, find_sources, measure
 from flow_inference.collection.state import CollectionState, key_of, process_birth, publish, remove_partial
 from flow_inference.collection.units import OVERLAP, Unit, plan_units, read_unit
+from flow_inference.estimator import weights_checksum
 from flow_inference.outputs import FlowArchiveWriter, FlowFileWriter
 from flow_inference.video import FlowVideo, VideoFlow
 from modeling_raft import RaftForOpticalFlow
@@ -103,15 +102,6 @@ def target_of(source: FlowSource, output: Path, format: str) -> Path:
         return output / source.name
     name = source.path.resolve().name if source.name == "." else source.name
     return output / f"{name}{COLLECTION_FORMATS[format]}"
-
-
-def weights_checksum(model: torch.nn.Module) -> str:
-    """Return the SHA-256 of a model's weights: of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RESUME_VARIABLE = "FLOW_TRAINING_RESUME"  # environment variable: the command that resumes the program around a run
 
 
 class SignalForwarder:
@@ -23,10 +24,11 @@ class SignalForwarder:
     Args:
         program: The script that the launcher runs, by which training processes are recognized.
         prog: Name of this program, for messages.
+        again: The command that resumes this program; the training processes print it in place of their own.
     """
 
-    def __init__(self, program: Path, prog: str) -> None:
-        self.program, self.prog = program, prog
+    def __init__(self, program: Path, prog: str, again: str) -> None:
+        self.program, self.prog, self.again = program, prog, again
         self.signal: signal.Signals | None = None  # the last one that was received
         self._launcher: subprocess.Popen | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -52,7 +54,8 @@ class SignalForwarder:
         # is left.
         reader, writer = os.pipe()
         try:
-            self._launcher = subprocess.Popen(command, stdin=reader, start_new_session=True)
+            environment = os.environ | {RESUME_VARIABLE: self.again}
+            self._launcher = subprocess.Popen(command, stdin=reader, start_new_session=True, env=environment)
             os.close(reader)
             if self.signal is not None:  # it was received while the launcher was being started
                 self._forward()
@@ -67,7 +70,7 @@ class SignalForwarder:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        print(f"\n{self.prog}: {self.signal.name}: no further stage; stopping the running one", file=sys.stderr)
+        print(f"\n{self.prog}: {self.signal.name}: the training is stopped after its step", file=sys.stderr)
         self._forward()
 
     def _forward(self) -> None:
