@@ -31,7 +31,7 @@ FEWEST_MATCHED = 0.01  # of the pixels of the frames, on which labels can be jud
 DISTINGUISHED = 0.9  # a census error of at most this share of that of the wrong flow
 MAX_COLLAPSE = 1.25  # factor by which the share of pixels whose flow does not agree with itself may rise
 MAX_FAILING = 0.9  # of the pixels, whatever it was before
-NEGLIGIBLE_COLLAPSE = 0.01  # of the pixels, which may always be added to that share
+NEGLIGIBLE_COLLAPSE = 0.02  # of the pixels, which may always be added to that share
 # On synthetic pairs, which every adaptation is guarded by. It tells damage from the usual forgetting: in trials the
 # error there rose by 6 to 48 % where that on real pairs of other footage rose by 8 to 22 %, and by 380 % where it rose
 # by 60 %.
