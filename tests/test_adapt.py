@@ -21,7 +21,8 @@ from flow_data.flow_io import write_flow
 from flow_data.formats.masks import encode_mask
 from flow_inference.labels import LabelledPair
 from flow_training import judge
-from flow_training.adapt import RECORD, main, open_record, parse_args, save_record, smallest_frame, trainer_arguments
+from flow_training.adapt import RECORD, main, open_record, save_record, smallest_frame
+from flow_training.adapt_flags import parse_args, trainer_arguments
 from flow_training.config import parse_config
 from flow_training.data import validation_sets
 from flow_training.judge import census_error, check_guard, check_student, check_teacher, split_pairs
