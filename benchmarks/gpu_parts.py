@@ -1,6 +1,6 @@
 """What bench_gpu.py measures, a function for each part: it reports rows as it goes, until its time is over.
 
-Every part has the sizes of the issue at hand on a GPU, and `tiny` ones to try the code on a CPU. Rows are dictionaries
+On a GPU, every part has the sizes that people use, and on a CPU `tiny` ones that try the code. Rows are dictionaries
 with `part`; a case that fails is a row with `failed`, and the others go on.
 """
 
