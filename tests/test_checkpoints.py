@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flow_training.checkpoints import archive_later_checkpoints, find_checkpoint, list_checkpoints, resume_command
+from flow_training.ops.launcher import RESUME_VARIABLE
 from flow_training.run_log import FILE_NAME, RunLog, read_log
 
 
@@ -91,3 +92,10 @@ def test_the_resume_command_works_where_the_user_is(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)  # as `python -m train_flow` sets it
     monkeypatch.setattr(sys, "argv", [spec.origin, *given])
     assert resume_command(given, tmp_path).startswith("Resume with:  accelerate launch -m train_flow --config chairs")
+
+
+def test_the_resume_command_is_that_of_the_program_around_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv(RESUME_VARIABLE, "python -m flow_training.adapt frames/ --output_dir out")
+    assert resume_command(["--config", "chairs"], tmp_path) == (
+        "Resume with:  python -m flow_training.adapt frames/ --output_dir out"
+    )
