@@ -2,12 +2,14 @@
 
     python -m benchmarks.bench_collection [--model raft-small.pth] [--videos 12] [--pairs 8] [--output collection.json]
 
-Candidates, each in processes of its own, start-up included, with the same frames, updates and float32 `.flo` files:
+Candidates, each in processes of its own, start-up included, with the same frames and `.flo` files. All but the last
+estimate the same flow: in float32, with the same updates and without a warm start.
 
 - one process: `predict_flow.py FOLDER`
 - two processes: the same below `accelerate launch --num_processes 2`
 - one by one: `predict_flow.py --video FILE` for one video after the other
 - torchvision: a loop over the frames of each video, with its model of the same size, pair by pair
+- default settings: one process with a warm start, after which a pair takes 8 updates, and bf16 where it is quick
 
 The candidates take turns. The share of time with the model busy is that of the report of `predict_flow.py`.
 """
@@ -103,18 +105,18 @@ def draw_videos(folder: Path, count: int, num_frames: int, height: int, width: i
 
 def candidates(videos: Path, args: argparse.Namespace) -> dict[str, Callable[[Path], list[float]]]:
     """Return functions from an output folder to the shares of time with the model busy, as far as they are known."""
-    predict = [str(PROJECT / "predict_flow.py"), "--model", args.model, "--mixed_precision", "no"]
-    predict += ["--num_flow_updates", str(args.num_flow_updates)]
+    predict = [str(PROJECT / "predict_flow.py"), "--model", args.model]
+    same_flow = ["--mixed_precision", "no", "--no_warm_start", "--num_flow_updates", str(args.num_flow_updates)]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 
-    def collection(output: Path, launcher: list[str]) -> list[float]:
+    def collection(output: Path, launcher: list[str], flags: list[str]) -> list[float]:
         report = output.with_suffix(".json")
-        run([*launcher, *predict, str(videos), "--output", f"{output}/", "--report", str(report)])
+        run([*launcher, *predict, *flags, str(videos), "--output", f"{output}/", "--report", str(report)])
         return [process["model_busy"] for process in json.loads(report.read_text())["processes"]]
 
     def one_by_one(output: Path) -> list[float]:
         for path in sorted(videos.glob("*.mp4")):
-            run([*predict, "--video", str(path), "--output", f"{output / path.stem}/"])
+            run([*predict, *same_flow, "--video", str(path), "--output", f"{output / path.stem}/"])
         return []
 
     def torchvision_loop(output: Path) -> list[float]:
@@ -123,10 +125,11 @@ def candidates(videos: Path, args: argparse.Namespace) -> dict[str, Callable[[Pa
         return []
 
     return {
-        "one process": lambda output: collection(output, []),
-        "two processes": lambda output: collection(output, launch),
+        "one process": lambda output: collection(output, [], same_flow),
+        "two processes": lambda output: collection(output, launch, same_flow),
         "one by one": one_by_one,
         "torchvision": torchvision_loop,
+        "default settings": lambda output: collection(output, [], []),
     }
 
 
