@@ -29,8 +29,8 @@ demo: $(INSTALLED)
 	$(PYTHON) -c "import gradio" 2>/dev/null || $(PYTHON) -m pip install --quiet --editable ".[demo]"
 	$(PYTHON) app.py
 
-# One torch thread for each of two workers: on two cores, more threads only get in each other's way.
-XDIST := --numprocesses 2 --dist loadfile
+# One torch thread for each worker, as more get in each other's way; on two cores a third worker, as tests wait as well.
+XDIST := --numprocesses 3 --dist loadfile
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu and not browser" $(XDIST) --durations=15
 
