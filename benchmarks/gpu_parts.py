@@ -217,8 +217,8 @@ def compiled_training(bench: Bench) -> None:
 
 
 def training_precisions(bench: Bench, *names: str) -> tuple[str, ...]:
-    """The precisions to measure training in. Tiny trials leave out TF32, which a CPU lacks, and fp16, which it does
-    so slowly that a step takes a minute."""
+    """Return the precisions to measure training in. Tiny trials leave out TF32, which a CPU lacks, and fp16, with which
+    training on a CPU did not end within the time of its part."""
     return tuple(name for name in names if not (bench.tiny and name in ("tf32", "fp16")))
 
 

@@ -52,7 +52,7 @@ def test_compiled_predictions_are_the_predictions(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for folder, size in (("small", (128, 136)), ("large", (136, 160)), ("large_again", (136, 160))):
         (tmp_path / "frames" / folder).mkdir(parents=True)
-        for number in range(4):  # of which the second pair is the first with a warm start
+        for number in range(4):
             pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "frames" / folder / f"{number}.png")
     argv = [str(tmp_path / "frames"), "--model", str(tmp_path / "model"), "--num_flow_updates", "3"]
