@@ -217,8 +217,10 @@ def compiled_training(bench: Bench) -> None:
 
 
 def training_precisions(bench: Bench, *names: str) -> tuple[str, ...]:
-    """Return the precisions to measure training in. Tiny trials leave out TF32, which a CPU lacks, and fp16, with which
-    training on a CPU did not end within the time of its part."""
+    """Return the precisions to measure training in.
+
+    Tiny trials leave out TF32, which a CPU lacks, and fp16, with which training did not end in time on a CPU.
+    """
     return tuple(name for name in names if not (bench.tiny and name in ("tf32", "fp16")))
 
 
