@@ -4,7 +4,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 _END = object()
@@ -78,6 +81,8 @@ class ReadAhead(Generic[Item]):
 class WriteBehind:
     """Call functions one after the other in a thread of its own, at most `depth` of them behind.
 
+    PyTorch computes in that thread alone: further threads that it would start there take the cores from the model.
+
     Args:
         depth: Calls in the queue.
 
@@ -108,9 +113,24 @@ class WriteBehind:
             raise self._error
 
     def _write(self) -> None:
-        while (function := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    function()
-                except BaseException as error:
-                    self._error = error
+        with _without_further_threads():
+            while (function := self._queue.get()) is not None:
+                if self._error is None:
+                    try:
+                        function()
+                    except BaseException as error:
+                        self._error = error
+
+
+@contextmanager
+def _without_further_threads() -> Iterator[None]:
+    """Have PyTorch compute in the calling thread alone.
+
+    The number of threads belongs to a thread. Threads that start later inherit it, which is why it is set back.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -281,11 +281,7 @@ def _y_path(x_path: Path) -> Path:
 
 
 def _as_array(flow: Tensor) -> np.ndarray:
-    """Return flow `(2, H, W)` as `(H, W, 2)` in memory.
-
-    NumPy transposes: PyTorch would do so in parallel, and the threads that it starts for that in the writing thread
-    slow down the model, by a third on two cores.
-    """
+    """Return flow `(2, H, W)` as `(H, W, 2)` in memory."""
     return np.ascontiguousarray(flow.cpu().numpy().transpose(1, 2, 0))
 
 
