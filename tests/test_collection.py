@@ -455,6 +455,24 @@ def test_claims_of_the_dead_are_taken_and_those_of_the_living_are_not(tmp_path):
         assert ours.claim("a")
 
 
+def test_files_that_are_being_written_count_neither_as_processes_nor_as_sources(tmp_path):
+    state = CollectionState(tmp_path, "run")
+    state.write_record("a", {"output": "a", "status": "done"})
+    with state.alive({"rank": 0, "pairs": 1}):
+        for name in ("workers", "records"):
+            (complete,) = (state.folder / name).glob("*.json")
+            (state.folder / name / ".1234.tmp.json").write_bytes(complete.read_bytes())
+        assert len(state.workers()) == 1
+        state.write_manifest([])
+        assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 1
+        state.clean()
+        assert (state.folder / "records" / ".1234.tmp.json").exists()  # its process may be writing it
+        an_hour_ago = time.time() - 3600
+        os.utime(state.folder / "records" / ".1234.tmp.json", (an_hour_ago, an_hour_ago))
+        state.clean()
+        assert not (state.folder / "records" / ".1234.tmp.json").exists()
+
+
 @pytest.mark.slow
 def test_processes_that_are_killed_and_started_again_leave_the_same_outputs(model, inputs, tmp_path, undisturbed):
     """Two processes by accelerate launch: SIGKILL to all of them and to the launcher, then once more to the end."""

@@ -100,7 +100,7 @@ class CollectionState:
 
     def write_manifest(self, keys: list[str]) -> None:
         """Write a line for each source that is finished or has failed: those of these keys, then all others."""
-        stored = {path.stem: path for path in sorted((self.folder / "records").glob("*.json"))}
+        stored = {path.stem: path for path in self._complete_files("records")}
         ordered = [key for key in keys if key in stored] + [key for key in stored if key not in set(keys)]
         records = [record for key in ordered if (record := _read_json(stored[key])) and "piece" not in record]
         with atomic_write(self.output / MANIFEST) as partial:
@@ -187,7 +187,7 @@ class CollectionState:
 
     def workers(self) -> list[dict[str, Any]]:
         """Return the last progress of each process of this run, of those that have ended, too."""
-        found = (_read_json(path) for path in sorted((self.folder / "workers").glob("*.json")))
+        found = (_read_json(path) for path in self._complete_files("workers"))
         return [content for content in found if content is not None and content.get("run") == self.run]
 
     def wait_for_ends(self, patience: float) -> None:
@@ -203,7 +203,7 @@ class CollectionState:
         # Before the workers: a process shows itself first, and makes a partial output then.
         partials = list((self.folder / "partial").iterdir())
         host, living = socket.gethostname(), set()
-        for path in (self.folder / "workers").glob("*.json"):
+        for path in self._complete_files("workers"):
             content = _read_json(path)
             if content is None:
                 continue  # another process has just removed it
@@ -215,6 +215,14 @@ class CollectionState:
         for path in partials:
             if path.name.partition("@")[0] not in living:
                 _remove(path)
+        for name in ("records", "workers"):
+            for path in (self.folder / name).glob(".*"):
+                if SILENCE < self._age(path) < math.inf:  # a process was killed while it wrote the file
+                    path.unlink(missing_ok=True)
+
+    def _complete_files(self, name: str) -> list[Path]:
+        """Return the files of a folder without those that are being written, whose names begin with a dot."""
+        return sorted(path for path in (self.folder / name).glob("*.json") if not path.name.startswith("."))
 
     def new_partial(self, name: str) -> Path:
         """Return a path for an output that is not complete, in the file system of the output folder."""
