@@ -109,11 +109,11 @@ def free_port() -> int:
 
 
 def _start_server(environment: Mapping[str, str]) -> None:
-    """Start the server if it is not running; it imports train_flow in the given environment."""
+    """Start the server if it is not running; it imports `preloaded` in the given environment."""
     before = dict(os.environ)
-    os.environ.update(environment)
+    os.environ.update(environment, PYTHONPATH=os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]))
     try:
-        CONTEXT.set_forkserver_preload(["train_flow"])  # imports all that training and evaluation need
+        CONTEXT.set_forkserver_preload(["preloaded"])
         forkserver.ensure_running()
     finally:
         os.environ.clear()
@@ -128,6 +128,7 @@ def _run(
     start_method: str,
     max_file_bytes: int | None,
 ) -> None:
+    assert "preloaded" in sys.modules  # the server says nothing of an import that fails
     os.setsid()
     if max_file_bytes is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
