@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from flow_data.optional_packages import MissingPackageError, needs_extra
 from flow_data.shipped_files import PRETRAINED, find_model
+from flow_inference.cpu_threads import limit_spinning
 from flow_inference.page_results import (
     MAX_VIDEO_SIDE,
     PAIR_FORMATS,
@@ -139,6 +140,7 @@ class Workspace:
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
     args = parse_args(argv)
+    limit_spinning()
     try:
         page, launch_options = build_page(args)
     except MissingPackageError as error:

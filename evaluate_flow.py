@@ -27,6 +27,7 @@ from flow_data.optional_packages import MissingPackageError, needs_extra
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model
 from flow_data.synthetic import SyntheticOptions, synthetic
+from flow_inference.cpu_threads import limit_spinning
 from flow_training.flags import nearest
 from flow_training.run_log import to_json
 
@@ -43,6 +44,7 @@ NAMED_PAIRS = 8  # at most, in a message
 def main(argv: list[str] | None = None) -> None:
     """Evaluate as the command line says; mistakes and interruptions end the program with one line."""
     args = parse_args(argv)
+    limit_spinning()
     try:
         with needs_extra("train"):
             from accelerate import Accelerator

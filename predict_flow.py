@@ -41,6 +41,7 @@ from flow_data.flow_io import FLOW_SUFFIXES
 from flow_data.optional_packages import MissingPackageError
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model
+from flow_inference.cpu_threads import limit_spinning
 
 # torch is imported once the arguments are known to be good, so that --help and mistakes take no time.
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ OUT_OF_MEMORY = (  # advice
 def main(argv: list[str] | None = None) -> None:
     """Predict flow as the command line says; mistakes and interruptions end the program with one line."""
     args = parse_args(argv)
+    limit_spinning()
     try:
         (predict_many if is_collection(args) else predict_one)(args)
     except Exception as error:

@@ -1,5 +1,6 @@
 """What a program does not need is not imported, and what is not installed is named with how to install it."""
 
+import os
 import subprocess
 import sys
 
@@ -33,6 +34,38 @@ def imported_packages(code: str) -> set[str]:
     first, *names = result.stdout.splitlines()[-1].split()
     assert first == "imported"
     return set(names)
+
+
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "predict_flow.main(['a.png', 'b.png', '--output', 'flow.flo'])",
+        "evaluate_flow.main(['--dataset', 'synthetic'])",
+        "app.build_page = lambda args: __import__('torch'); app.main([])",
+    ],
+)
+def test_waiting_threads_are_set_up_before_torch_is_imported(call, given):
+    """OpenMP reads the variables when it is loaded; what the environment says stays."""
+    code = f"""
+import importlib.abc, os, sys
+import {call.partition(".")[0]}
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            os._exit(0)
+
+os.environ |= {given!r}
+assert "torch" not in sys.modules
+sys.meta_path.insert(0, Finder())
+{call}
+"""
+    expected = given.get("GOMP_SPINCOUNT", "None" if "OMP_WAIT_POLICY" in given else "10000")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    result = subprocess.run([sys.executable, "-uc", code], capture_output=True, text=True, env=environment)
+    assert result.stdout.split()[-1:] == [expected], result.stderr
 
 
 @pytest.mark.slow
