@@ -197,9 +197,9 @@ def _from_pil(image: PIL.Image.Image, name: str) -> np.ndarray:
 
 def _decode_deep(data: bytes) -> np.ndarray | None:
     """Pixels of more than 8 bits as OpenCV decodes them; None where it cannot, or where they have 8 bits."""
-    log: Any = cv2.utils.logging
+    log: Any = getattr(cv2.utils, "logging", cv2)  # the functions are in cv2 itself before OpenCV 5
     level = log.getLogLevel()
-    log.setLogLevel(log.LOG_LEVEL_SILENT)  # Pillow reports what is wrong with a file that OpenCV cannot decode
+    log.setLogLevel(0)  # silent: Pillow reports what is wrong with a file that OpenCV cannot decode
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:

@@ -391,9 +391,9 @@ def _opencv() -> Any:
 
 def _imdecode(data: bytes) -> np.ndarray | None:
     cv2 = _opencv()
-    log: Any = cv2.utils.logging
+    log: Any = getattr(cv2.utils, "logging", cv2)  # the functions are in cv2 itself before OpenCV 5
     level = log.getLogLevel()
-    log.setLogLevel(log.LOG_LEVEL_SILENT)  # a file that it cannot decode must not print to stderr
+    log.setLogLevel(0)  # silent: a file that it cannot decode must not print to stderr
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:

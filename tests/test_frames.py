@@ -55,7 +55,10 @@ def by_pillow(suffix: str, mode: str = "RGB", **options) -> list[bytes]:
 
 
 def by_opencv(suffix: str, frames: list[np.ndarray]) -> list[bytes]:
-    return [cv2.imencode(suffix, frame[..., ::-1] if frame.ndim == 3 else frame)[1].tobytes() for frame in frames]
+    # OpenCV 4 compresses TIFF files of floats with loss where it is not told to do otherwise.
+    flags = [cv2.IMWRITE_TIFF_COMPRESSION, 1] if suffix == ".tiff" else []
+    turned = [frame[..., ::-1] if frame.ndim == 3 else frame for frame in frames]
+    return [cv2.imencode(suffix, frame, flags)[1].tobytes() for frame in turned]
 
 
 def turned(orientations: tuple[int, int], suffix: str = ".png") -> list[bytes]:

@@ -107,6 +107,8 @@ def used(request) -> UsedOperators:
 @pytest.mark.parametrize("device", ["MPS", "XPU"])
 def test_every_operator_has_a_kernel(used, device, operators):
     assert len(used.names) > 40
+    if sum(device in str(entry.get("dispatch")) for entry in operators.values()) < 100:  # PyTorch 2.11 has 29 of XPU
+        pytest.skip(f"the list of PyTorch {torch.__version__} leaves {device} out")
     assert {name for name in used.names - OF_THE_CPU if not has_kernel(operators, name, device)} == set()
 
 
