@@ -166,6 +166,8 @@ def convert_and_check(args: argparse.Namespace) -> str | None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             return f"--{name} must be positive and finite; got {value}"
+    if args.report is not None and args.report.is_dir():
+        return f"--report must be a file; {args.report} is a folder"
     if args.split_frames is not None and args.split_frames < 2:
         return f"--split_frames must be at least 2; got {args.split_frames}"
     if args.batch_size not in (None, 1):
@@ -212,7 +214,14 @@ def is_collection(args: argparse.Namespace) -> bool:
                 f"{images[0]} is an image; for formats and flags of collections, give the folder of frames"
             )
         return True
-    if args.video is not None or any(looks_like_image(path) for path in args.frames):
+    images = [path for path in args.frames if looks_like_image(path)]
+    if len(images) < len(args.frames):
+        from PIL import Image
+
+        known = Image.registered_extensions()
+        if strays := [path for path in images if path.is_file() and path.suffix.lower() not in known]:
+            raise ValueError(f"{strays[0]} is no video, no image and no folder; leave it out")
+    if args.video is not None or images:
         return False
     folder = args.frames[0]
     if len(args.frames) > 1 or not folder.is_dir():
@@ -367,6 +376,15 @@ def predict_many(args: argparse.Namespace) -> None:
         sys.exit(SOME_FAILED)
 
 
+def is_launcher(process: int) -> bool:
+    """Return whether a process is `accelerate launch`, which for one process sets no variable; only Linux tells."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+    except (OSError, ValueError):
+        return False
+    return any("accelerate" in word for word in words) and any("launch" in word for word in words)
+
+
 class StopRequest:
     """Whether SIGTERM or Ctrl-C have asked for the end; a second Ctrl-C, seconds later, interrupts at once.
 
@@ -375,7 +393,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: float | None = None
-        self.parent = os.getppid() if "LOCAL_RANK" in os.environ else None
+        self.parent = os.getppid() if "LOCAL_RANK" in os.environ or is_launcher(os.getppid()) else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._record)

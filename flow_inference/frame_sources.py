@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from flow_data.file_names import natural_order, refuse_url
+from flow_data.file_names import is_video, natural_order, refuse_url
 from flow_data.formats.limits import check_pixels
 from modeling_raft.frames_raft import FrameConverter, describe, read_frame
+
+# Formats that Pillow recognizes, and does not decode without further programs.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def list_frames(folder: str | os.PathLike[str]) -> list[Path]:
     """List the images of a folder in natural order of their names: frame_2 before frame_10.
+
+    GIF files, which may be videos, count as images where there are no others.
 
     Raises:
         FileNotFoundError: There is no such folder, or no image in it.
@@ -23,14 +28,16 @@ def list_frames(folder: str | os.PathLike[str]) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     PIL.Image.init()  # loads the plugins, which fill EXTENSION and OPEN
+    decoded = PIL.Image.OPEN.keys() - NOT_DECODED
     images = [
         path
         for path in folder.iterdir()
-        if PIL.Image.EXTENSION.get(path.suffix.lower()) in PIL.Image.OPEN and not path.name.startswith(".")
+        if PIL.Image.EXTENSION.get(path.suffix.lower()) in decoded and not path.name.startswith(".")
     ]
     if not images:
         raise FileNotFoundError(f"{folder}: no images in this folder")
-    return sorted(images, key=lambda path: natural_order(path.name))
+    stills = [path for path in images if not is_video(path)]
+    return sorted(stills or images, key=lambda path: natural_order(path.name))
 
 
 def open_frames(source: str | os.PathLike[str] | Iterable[Any]) -> Iterable[Any]:

@@ -58,7 +58,7 @@ def find_frames(args: argparse.Namespace) -> Source:
         paths = sorted(args.frames, key=lambda path: natural_order(str(path)))
         for path in paths:
             if path.is_dir() or is_video(path):
-                raise ValueError(f"{path} is no image; give images only, one folder, or one video with --video")
+                raise ValueError(f"{path} is no image; give images alone, or videos and folders alone")
     elif folder.is_file() and is_video(folder):
         raise ValueError(f"{folder} is a video: give it with --video")
     elif folder.is_file():

@@ -1,13 +1,16 @@
 """Flow of collections: where outputs go, what is skipped, what survives an interruption, who computes what."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from flow_data.formats.jpeg_flow import read_flow_jpeg, write_flow_jpeg
 from flow_data.formats.video_hdf5 import FlowHdf5Writer, read_flow_hdf5
 from flow_inference import FlowVideo, pretrained_path
 from flow_inference.collection import CollectionOptions, predict_collection
+from flow_inference.collection.report import CollectionReport
 from flow_inference.collection.sources import choose_shard, find_sources, measure, read_list
 from flow_inference.collection.state import CollectionState
 from flow_inference.estimator import FlowEstimator
@@ -143,6 +147,9 @@ def test_what_is_complete_is_skipped_and_what_is_missing_is_not(model, inputs, t
     (tmp_path / "frames").rmdir()
     predict_collection(model, [inputs / "long.mp4", inputs / "frames"], tmp_path, SETTINGS)
     assert len(calls) in (2, 4) and checksums(tmp_path) == undisturbed  # 2 pairs, perhaps twice, after a cut
+    (tmp_path / "long" / "frame_000003.flo").unlink()
+    assert predict_collection(model, [inputs / "long.mp4", inputs / "frames"], tmp_path, SETTINGS).skipped == 1
+    assert checksums(tmp_path) == undisturbed
 
 
 def test_a_source_that_has_changed_is_computed_again(model, inputs, tmp_path):
@@ -153,6 +160,36 @@ def test_a_source_that_has_changed_is_computed_again(model, inputs, tmp_path):
     source.write_bytes((inputs / "long.mp4").read_bytes())
     report = predict_collection(model, [source], tmp_path / "flow", SETTINGS)
     assert report.skipped == 0 and len(checksums(tmp_path / "flow")) == 11 > len(before)
+
+
+@pytest.mark.parametrize("split_frames", [None, 3])
+def test_nothing_is_left_of_a_longer_source(model, inputs, tmp_path, split_frames):
+    """A video and a folder of frames are replaced by shorter ones, then by what cannot be read."""
+    options = CollectionOptions(**UPDATES, occlusion=True, split_frames=split_frames)
+    folder, output = tmp_path / "in", tmp_path / "flow"
+    shutil.copytree(inputs / "frames", folder / "frames")
+    shutil.copy(inputs / "long.mp4", folder / "clip.mp4")
+    predict_collection(model, [folder], output, options)
+    (output / "clip" / "mine.txt").write_text("a file of the user")
+    assert len(checksums(output)) == 2 * (11 + 2) + 1
+    shutil.copy(inputs / "a/b/odd.mp4", folder / "clip.mp4")
+    (folder / "frames" / "f9.png").unlink()
+    predict_collection(model, [folder], output, options)
+    predict_collection(model, [folder], tmp_path / "fresh", options)
+    assert checksums(output).keys() - checksums(tmp_path / "fresh").keys() == {"clip/mine.txt"}
+    assert checksums(tmp_path / "fresh").items() <= checksums(output).items()
+    (folder / "clip.mp4").write_bytes(b"no video")
+    report = predict_collection(model, [folder], output, options)
+    assert len(report.failed) == 1 and {path for path in checksums(output) if "clip" in path} == {"clip/mine.txt"}
+
+
+def test_an_output_that_is_blocked_fails_alone(model, inputs, tmp_path):
+    (tmp_path / "long").write_text("a file where a folder is to be")
+    report = predict_collection(model, [inputs / "long.mp4", inputs / "frames"], tmp_path, SETTINGS)
+    assert report.done == 1 and [failure["output"] for failure in report.failed] == ["long"]
+    assert "long" in report.failed[0]["reason"] and (tmp_path / "long").is_file()
+    assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 2
+    assert not list((tmp_path / ".flow_state/partial").iterdir())
 
 
 def test_other_settings_and_other_weights_are_refused(model, inputs, tmp_path):
@@ -175,6 +212,17 @@ def test_mistakes_are_errors_before_anything_is_computed(model, inputs, tmp_path
         (twin / name).write_bytes((inputs / "long.mp4").read_bytes())
     (tmp_path / "names.csv").write_text(f"input,output\n{inputs}/long.mp4,../out\n")
     (tmp_path / "list.xls").write_text("")
+    for name, text in (
+        ("state.txt", f"{inputs}/long.mp4\t.flow_state/x"),
+        ("manifest.txt", f"{inputs}/long.mp4\tmanifest.jsonl"),
+        ("folder.txt", f"{inputs}\tname"),
+        ("empty.csv", "input,output\n,name\n"),
+        ("semicolon.csv", f"input;output\n{inputs}/long.mp4;name\n"),
+        ("nested.txt", f"{inputs}/long.mp4\ta\n{inputs}/a/short.mkv\ta.h5/b\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.txt").write_bytes("é.mp4".encode("latin-1"))
+    (tmp_path / "notes.odt").touch()
     for words, message in (
         ([twin], "clip.avi and .*clip.mp4 would both be written to 'clip'"),
         ([twin / "clip.mp4", twin / "deep" / "clip.mp4"], "would both be written to 'clip'"),
@@ -183,6 +231,15 @@ def test_mistakes_are_errors_before_anything_is_computed(model, inputs, tmp_path
         ([twin / "clip.mp4", "--output", tmp_path / "a.flo"], "--output must be a folder"),
         (["--list", tmp_path / "names.csv"], "must be a path below the output folder; got '../out'"),
         (["--list", tmp_path / "list.xls"], "must end in .txt, .csv or .jsonl"),
+        (["--list", tmp_path / "state.txt"], "must be none that the program itself uses; got '.flow_state/x'"),
+        (["--list", tmp_path / "manifest.txt"], "must be none that the program itself uses; got 'manifest.jsonl'"),
+        (["--list", tmp_path / "folder.txt"], "is a pattern or a folder that is searched"),
+        (["--list", tmp_path / "empty.csv"], "empty.csv: every row must have a path in column 1; got ',name'"),
+        (["--list", tmp_path / "semicolon.csv"], "columns must be separated by commas; got 'input;output'"),
+        (["--list", tmp_path / "latin.txt"], "latin.txt: a list must be UTF-8 text"),
+        (["--list", tmp_path / "nested.txt", "--format", "h5"], "b.h5 would be written into the file .*a.h5"),
+        ([twin / "clip.mp4", tmp_path / "notes.odt"], "notes.odt is no video, no image and no folder; leave it out"),
+        ([twin / "clip.mp4", "--report", tmp_path], "--report must be a file; .* is a folder"),
         ([inputs / "long.mp4", "--shard", "3/2"], "--shard must be I/N with I from 1 to N; got 3/2"),
         ([inputs / "long.mp4", "--bound", "5"], "--bound has no use here: it is for --format jpg"),
         ([inputs / "long.mp4", "--batch_size", "0"], "--batch_size must be a whole number, at least 1, or auto"),
@@ -229,6 +286,17 @@ def test_inputs_are_found_in_folders_patterns_and_lists(inputs, tmp_path):
     assert Path(read_list(inputs.parent / "beside.txt")[0][0]).is_file()
     with pytest.raises(ValueError, match="no videos and no folders of frames there"):
         find_sources([str(tmp_path / "none*.mp4")])
+    assert names(inputs / "long.mp4", inputs / "long.mp4") == ["long"]
+
+
+def test_videos_and_other_files_are_not_taken_for_frames(inputs, tmp_path):
+    """Pillow knows the suffixes of some; results of another run are no input either."""
+    for name in ("a.gif", "b.gif", "c.mpg", "d.mpeg", "notes.h5", "more.h5", "plan.eps", "old.eps"):
+        (tmp_path / name).touch()
+    shutil.copytree(inputs / "frames", tmp_path / "results" / "clip")
+    assert [source.name for source in find_sources([str(tmp_path)])] == ["a", "b", "c", "d", "results/clip"]
+    (tmp_path / "results" / ".flow_state").mkdir()
+    assert [source.name for source in find_sources([str(tmp_path)])] == ["a", "b", "c", "d"]
 
 
 def test_shards_are_disjoint_complete_and_even(inputs):
@@ -363,11 +431,42 @@ def test_a_full_disk_ends_the_run(model, inputs, tmp_path, monkeypatch):
     assert not list((tmp_path / ".flow_state/claims").iterdir())
 
 
+def test_a_run_reports_its_own_pairs(model, inputs, tmp_path):
+    """Another run in the same folder, started while this one has its first source, computes the other ones."""
+    claims = tmp_path / "flow/.flow_state/claims"
+    reports: list[CollectionReport] = []
+    once = threading.Lock()  # this run asks in two threads whether to stop
+    other = threading.Thread(
+        target=lambda: reports.append(predict_collection(model, [inputs], tmp_path / "flow", SETTINGS))
+    )
+
+    def stop() -> bool:
+        if any(claims.iterdir()) and once.acquire(blocking=False):
+            other.start()
+            while len(list(claims.iterdir())) < 2:
+                time.sleep(0.01)
+        return False
+
+    reports.append(predict_collection(model, [inputs], tmp_path / "flow", SETTINGS, stop=stop))
+    other.join()
+    whole = predict_collection(model, [inputs], tmp_path / "whole", SETTINGS)
+    assert reports[0].done == reports[1].done == whole.done == reports[0].skipped + reports[1].skipped
+    assert all(report.pairs > 0 for report in reports) and sum(report.pairs for report in reports) == whole.pairs
+
+
 def test_fail_fast_stops_at_the_first_failure(model, inputs, tmp_path):
     report = predict_collection(model, [inputs], tmp_path, SETTINGS, fail_fast=True)
     assert report.failed and report.stopped
     report = predict_collection(model, [inputs], tmp_path, SETTINGS)  # failures are tried again
     assert len(report.failed) == 2 and report.done == 4
+
+
+def test_what_cannot_be_opened_fails_before_anything_is_computed(model, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(FlowEstimator, "encode_all", lambda *_: pytest.fail("it computes"))
+    (tmp_path / "empty.mp4").touch()
+    sources = [inputs / "long.mp4", tmp_path / "empty.mp4"]
+    report = predict_collection(model, sources, tmp_path / "flow", SETTINGS, fail_fast=True)
+    assert [failure["output"] for failure in report.failed] == ["empty"] and report.stopped
 
 
 @pytest.mark.parametrize("format", ["flo", "h5"])
@@ -528,6 +627,28 @@ def test_sigterm_ends_after_the_frame_and_says_how_to_go_on(model, inputs, tmp_p
     assert not list(output.glob(".flow_state/partial/*")) and not list(output.glob(".flow_state/claims/*"))
     assert run_command(*argv[1:]) == 4
     assert checksums(output) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, a process does not learn who started it")
+def test_a_process_ends_with_its_launcher(model, inputs, tmp_path):
+    """`accelerate launch` with one process passes no signal on."""
+    launcher = tmp_path / "accelerate.py"
+    launcher.write_text("import subprocess, sys; subprocess.run(sys.argv[2:])")
+    many = "--num_flow_updates 500 --mixed_precision no".split()
+    argv = [PROJECT / "predict_flow.py", inputs / "long.mp4", "--output", tmp_path, "--model", model.folder, *many]
+    words = [sys.executable, launcher, "launch", sys.executable, *argv]
+    process = subprocess.Popen([str(word) for word in words], env=environment(), cwd=PROJECT)
+    wait_for(lambda: list(tmp_path.glob(".flow_state/partial/*")), process)
+    (child,) = psutil.Process(process.pid).children()
+    process.terminate()
+    process.wait(timeout=30)
+    try:
+        child.wait(timeout=100)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert not list(tmp_path.glob(".flow_state/partial/*")) and not list(tmp_path.glob("long/*"))
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:

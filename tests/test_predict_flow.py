@@ -319,7 +319,7 @@ def test_images_of_a_shell_pattern_are_a_sequence(clip):
         ({0: "--colour_scale=2"}, "--color_scale has no use here: no colors are written"),
         ({0: "--frame_rate=2"}, "--frame_rate has no use here: no video is written"),
         ({0: "--no_warm_start"}, "--no_warm_start has no use here: two images have no pair before them"),
-        ({0: "c.mp4"}, "c.mp4 is no image; give images only"),
+        ({0: "c.mp4"}, "c.mp4 is no image; give images alone"),
         ({0: "--video=x.mp4"}, "not both"),
     ],
 )

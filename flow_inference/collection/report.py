@@ -18,7 +18,7 @@ class CollectionReport:
     Args:
         sources: Number of sources of the collection, or of its shard.
         done: Those whose flow is complete.
-        skipped: Those of them that were complete before the run.
+        skipped: Those of them that another run has done, mostly one before.
         failed: Input, output name and reason of each source that cannot be read or written.
         pairs: Pairs of frames of the sources that this run has completed, in all of its processes.
         seconds: Duration of the run.

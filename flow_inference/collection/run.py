@@ -86,7 +86,8 @@ def predict_collection(
     options = options or CollectionOptions()
     output = Path(output)
     sources = find_sources([os.fspath(path) for path in inputs], [os.fspath(path) for path in lists], str(output))
-    check_outputs(sources, output, [target_of(source, output, options.format) for source in sources])
+    targets = [target_of(source, output, options.format) for source in sources]
+    check_outputs(sources, output, targets, are_files=is_file_format(options.format))
     sources = [measure(source) for source in sources]
     if shard is not None:
         index, count = shard
@@ -98,10 +99,15 @@ def predict_collection(
 
 def target_of(source: FlowSource, output: Path, format: str) -> Path:
     """Return the output of a source: a folder of files, or a file."""
-    if format not in COLLECTION_FORMATS or format == "jpg":
+    if not is_file_format(format):
         return output / source.name
     name = source.path.resolve().name if source.name == "." else source.name
     return output / f"{name}{COLLECTION_FORMATS[format]}"
+
+
+def is_file_format(format: str) -> bool:
+    """Return whether the output of a source is one file, not a folder of files."""
+    return format == "h5"
 
 
 @dataclass
@@ -166,9 +172,14 @@ class _Run:
         }
         self.state = CollectionState(output, run)
         self.state.check_settings({key: value for key, value in self.settings.items() if key != "model"})
-        self.units = sorted(plan_units(sources, options.split_frames), key=lambda unit: (-unit.work, unit.key))
+        # The largest first; before them what cannot be read, so that it is seen early.
+        self.units = sorted(
+            plan_units(sources, options.split_frames),
+            key=lambda unit: (unit.work > 0 or bool(unit.pieces), -unit.work, unit.key),
+        )
         self.pending = {unit.key: unit for unit in self.units}
         self.held: set[str] = set()  # claims of this process
+        self.seen_complete: set[str] = set()  # units whose files have been looked for
         self.skipping: set[str] = set()  # units whose remaining frames nobody wants
         self.failed_fast = False
         self.progress: dict[str, Any] = {"rank": self.rank, "pairs": 0, "seconds": 0.0, "busy": 0.0, "ended": False}
@@ -179,12 +190,22 @@ class _Run:
         skipped = {source.name for source in self.sources if self._is_finished(self._unit_of(source))}
         known = (max(0, (source.num_frames or 1) - 1) for source in self.sources if source.name not in skipped)
         bar = ProgressBar(self.state.workers, sum(known), show_progress and self.rank == 0)
-        with self.state.alive(self.progress), bar:
-            self._work()
-            self.progress["ended"] = True
+        try:
+            with bar, self.state.alive(self.progress):
+                self._work()
+                self.progress["ended"] = True
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error above is the one to report
+                self._write_manifest()
+            raise
         if self.rank == 0:
             self.state.wait_for_ends(PATIENCE)
-        return self._report(skipped, time.monotonic() - started)
+        self._write_manifest()
+        return self._report(time.monotonic() - started)
+
+    def _write_manifest(self) -> None:
+        if self.rank == 0:
+            self.state.write_manifest([key_of(source.name) for source in self.sources])
 
     def _work(self) -> None:
         started = time.monotonic()
@@ -263,7 +284,32 @@ class _Run:
             return ended
         if unit.source.num_bytes not in (0, record["bytes"]):  # else the source has been removed after its end
             return False
-        return self._place_of(unit).exists()
+        if unit.key not in self.seen_complete and self._is_there(unit, record):
+            self.seen_complete.add(unit.key)
+        return unit.key in self.seen_complete
+
+    def _is_there(self, unit: Unit, record: dict[str, Any]) -> bool:
+        """Return whether all files of a complete output still exist."""
+        place = self._place_of(unit)
+        if not place.is_dir():
+            return place.is_file()
+        there = set(os.listdir(place))
+        return all(path.name in there for path in self._files_of(unit, record))
+
+    def _files_of(self, unit: Unit, record: dict[str, Any]) -> list[Path]:
+        """Return the files of a complete output that is a folder."""
+        writer = self._file_writer(self._place_of(unit), record.get("names"))
+        indices = range(unit.start, unit.start + record["pairs"])
+        return [path for index in indices for path in writer.paths(index)]
+
+    def _remove_outdated(self, unit: Unit) -> None:
+        """Remove an output that is to be written again: its source may have fewer frames now."""
+        record = self.state.record(unit.key)
+        place = self._place_of(unit)
+        if record is not None and record["status"] == "done" and place.is_dir():
+            for path in self._files_of(unit, record):
+                path.unlink(missing_ok=True)
+            self.state.forget(unit.key)
 
     def _pieces_ended(self, unit: Unit) -> bool:
         return all(self._is_finished(piece) for piece in unit.pieces)
@@ -302,6 +348,7 @@ class _Run:
             try:
                 if frames is None:
                     job = self._open_job(unit, FrameConverter())
+                    writer.submit(partial(self._remove_outdated, unit))
                     job.converter = next(stream)
                     frames = stream
                 self._estimate(job, frames, writer, reader, started)
@@ -323,6 +370,7 @@ class _Run:
         self.skipping.add(unit.key)
         drain(stream)
         self.skipping.discard(unit.key)
+        self.failed_fast |= self.fail_fast and job.error is not None
         writer.submit(partial(self._finish, job))
 
     def _estimate(
@@ -351,7 +399,7 @@ class _Run:
                 job.cancelled = True
                 return
         if job.pairs == 0 and unit.start == 0:
-            raise ValueError("flow takes two frames, and there is one")
+            raise ValueError(f"{unit.source.path}: flow takes two frames, and there is one")
 
     def _open_job(self, unit: Unit, converter: FrameConverter) -> _Job:
         path = self.state.new_partial(self._place_of(unit).name or "output")
@@ -366,7 +414,18 @@ class _Run:
             attributes = {"model": self.settings["model"], "settings": described}
             return FlowArchiveWriter(path, attributes, options.backward, options.confidence)
         path.mkdir(parents=True, exist_ok=True)
-        names, suffix = source.frame_names(), (FORMAT_SUFFIXES | COLLECTION_FORMATS)[options.format]
+        names = source.frame_names()
+        files = self._file_writer(path, names)
+        if names is not None:
+            written = [place for index in range(len(names) - 1) for place in files.paths(index)]
+            if len(set(written)) < len(written):
+                raise ValueError("several results would have one name, as images have almost one name; rename them")
+        return files
+
+    def _file_writer(self, path: Path, names: list[str] | None) -> FlowFileWriter:
+        """Return the writer of files in a folder, named by the frames or, where these have no names, numbered."""
+        options = self.options
+        suffix = (FORMAT_SUFFIXES | COLLECTION_FORMATS)[options.format]
 
         def path_of(index: int) -> Path:
             if options.format == "jpg":
@@ -374,12 +433,7 @@ class _Run:
             return path / f"{f'frame_{index + 1:06d}' if names is None else names[index]}{suffix}"
 
         what = (options.backward, options.occlusion, options.color_scale, options.confidence, options.bound)
-        files = FlowFileWriter(path_of, options.format, *what)
-        if names is not None:
-            written = [place for index in range(len(names) - 1) for place in files.paths(index)]
-            if len(set(written)) < len(written):
-                raise ValueError("several results would have one name, as images have almost one name; rename them")
-        return files
+        return FlowFileWriter(path_of, options.format, *what)
 
     def _discard(self, job: _Job) -> None:
         if job.writer is not None:
@@ -409,6 +463,11 @@ class _Run:
                 self._discard(job)
                 if job.error is not None:
                     self._record_failure(unit, job.error)
+        except OSError as error:
+            if error.errno in FATAL:
+                raise
+            self._discard(job)
+            self._record_failure(unit, error)
         finally:
             self._release(unit.key)
 
@@ -431,6 +490,7 @@ class _Run:
                 for piece in unit.pieces:
                     for file in self._place_of(piece).iterdir():
                         link_file(file, path / file.name)
+            self._remove_outdated(unit)
             publish(path, self._place_of(unit))
             details = {name: sum(record[name] for record in records) for name in ("duplicates", "updates", "seconds")}
             pairs = [record["pairs"] for record in records]
@@ -449,7 +509,9 @@ class _Run:
 
     def _record_done(self, unit: Unit, pairs: int, details: dict[str, Any]) -> None:
         record = self._record(unit, "done") | {"bytes": unit.source.num_bytes, "frames": pairs + 1, "pairs": pairs}
-        record |= details | {"device": str(self.model.device), "settings": self.settings}
+        names = unit.source.frame_names()
+        record |= details if names is None else details | {"names": names}
+        record |= {"device": str(self.model.device), "run": self.state.run, "settings": self.settings}
         self.state.write_record(unit.key, record)
 
     def _record_failure(self, unit: Unit, error: Exception) -> None:
@@ -467,8 +529,8 @@ class _Run:
 
     # ---- What is reported ----
 
-    def _report(self, skipped: set[str], seconds: float) -> CollectionReport:
-        done, pairs, failed, lost = 0, 0, [], []
+    def _report(self, seconds: float) -> CollectionReport:
+        done, skipped, pairs, failed, lost = 0, 0, 0, [], []
         for source in self.sources:
             unit = self._unit_of(source)
             record = self.state.record(unit.key)
@@ -476,14 +538,14 @@ class _Run:
                 continue
             if record["status"] == "done":
                 done += 1
-                if source.name not in skipped:
-                    lost.append(record["lost"])
-                    pairs += record["pairs"]
+                if record["run"] != self.state.run:  # before, or by a run beside this one
+                    skipped += 1
+                    continue
+                lost.append(record["lost"])
+                pairs += record["pairs"]
             else:
                 failed.append({name: record[name] for name in ("input", "output", "reason")})
         workers = self.state.workers()
-        if self.rank == 0:
-            self.state.write_manifest([key_of(source.name) for source in self.sources])
         processes = [
             {
                 "rank": worker["rank"],
@@ -497,7 +559,7 @@ class _Run:
         return CollectionReport(
             sources=len(self.sources),
             done=done,
-            skipped=len(skipped),
+            skipped=skipped,
             failed=failed,
             pairs=pairs,
             seconds=seconds,

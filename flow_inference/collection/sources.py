@@ -4,6 +4,7 @@ import csv
 import glob
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,6 +15,7 @@ import numpy as np
 import PIL.Image
 
 from flow_data.file_names import find_path, is_video, natural_order, refuse_url
+from flow_inference.collection.state import FOLDER, MANIFEST
 from flow_inference.frame_sources import list_frames, read_frames
 from modeling_raft.frames_raft import FrameConverter
 
@@ -71,7 +73,7 @@ def find_sources(inputs: Sequence[str], lists: Sequence[str] = (), output: str |
         lists: `.txt` (a path on each line, and perhaps a tab and an output name), `.csv` (columns `input` and
             perhaps `output`) or `.jsonl` (paths, or objects with these keys). Paths are relative to the list's folder,
             or to the working directory where they are not found there.
-        output: The output folder, which is not searched.
+        output: The output folder, which is not searched; nor are those of other runs.
 
     Returns:
         The sources, their sizes not yet looked at. What does not exist is among them, to be reported as unreadable.
@@ -84,15 +86,21 @@ def find_sources(inputs: Sequence[str], lists: Sequence[str] = (), output: str |
     named = [(path, name) for text in inputs for path, name in _expand(text, len(inputs) + len(lists) == 1, output)]
     for list_file in lists:
         for text, name in read_list(list_file):
-            named += [(Path(text), name)] if name else _expand(text, False, output)
+            found = _expand(text, False, output)
+            if name and Path(find_path(text)) not in [path for path, _ in found]:
+                raise ValueError(
+                    f"{list_file}: an output name is for a video or a folder of frames; {text} is a pattern or a "
+                    "folder that is searched"
+                )
+            named += [(Path(text), name)] if name else found
     if not named:
         raise ValueError(f"{', '.join([*inputs, *lists])}: no videos and no folders of frames there")
     sources: dict[str, FlowSource] = {}
     for path, name in named:
-        if name in sources:
+        if name in sources and sources[name].path.resolve() != path.resolve():
             raise ValueError(
-                f"{sources[name].path} and {path} would both be written to {name!r}: give the folder above them, "
-                "rename one, or give output names with --list"
+                f"{sources[name].path} and {path} would both be written to {name!r}: rename one, or give output "
+                "names with --list"
             )
         sources[name] = FlowSource(path, name)
     return sorted(sources.values(), key=lambda source: natural_order(source.name))
@@ -132,6 +140,9 @@ def _walk(folder: Path, base: Path, output: str | None, only: bool = False) -> I
         if real in seen or (excluded is not None and Path(real) == excluded and here != folder):
             folders.clear()  # a link that leads in a circle, or results of an earlier run
             continue
+        if here != folder and (here / FOLDER).is_dir():
+            folders.clear()  # results of a run with another output folder
+            continue
         seen.add(real)
         if only and here != folder:
             folders.clear()
@@ -156,7 +167,7 @@ def _name(path: Path, base: Path, is_folder: bool = False) -> str:
 
 def _images(folder: Path) -> list[Path]:
     try:
-        return list_frames(folder)
+        return [path for path in list_frames(folder) if not is_video(path)]
     except OSError:
         return []
 
@@ -165,12 +176,16 @@ def read_list(path: str | os.PathLike[str]) -> list[tuple[str, str | None]]:
     """Read a list of sources: (path, output name or None) of each.
 
     Raises:
-        ValueError: It has another suffix, no column of paths, or an output name that leads out of the output folder.
+        ValueError: It has another suffix, is no UTF-8 text, has no column of paths or a row without one, or an output
+            name that leads out of the output folder or is taken by the program.
         OSError: It cannot be read.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a list must be UTF-8 text ({error})") from error
     rows: Iterable[tuple[Any, Any]]
     if suffix == ".txt":
         lines = (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#"))
@@ -188,17 +203,22 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, str | None]]:
     rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     sources = [name for name in INPUT_COLUMNS if name in header]
-    if not sources:
-        if any(len(row) > 2 for row in rows):
-            raise ValueError(f"{path}: must have a column {INPUT_COLUMNS[0]!r}; got {', '.join(header)}")
-        return [(row[0].strip(), row[1].strip() or None if len(row) > 1 else None) for row in rows]
-    source = header.index(sources[0])
-    output = next((header.index(name) for name in OUTPUT_COLUMNS if name in header), None)
-    return [
-        (row[source].strip(), None if output is None or output >= len(row) else row[output].strip() or None)
-        for row in rows[1:]
-        if source < len(row)
-    ]
+    source, output = 0, 1
+    if sources:
+        source = header.index(sources[0])
+        output = next((header.index(name) for name in OUTPUT_COLUMNS if name in header), len(header))
+        rows = rows[1:]
+    elif any(len(row) > 2 for row in rows):
+        raise ValueError(f"{path}: must have a column {INPUT_COLUMNS[0]!r}; got {', '.join(header)}")
+    elif header and set(INPUT_COLUMNS) & set(re.split("[;\t]", header[0])):
+        raise ValueError(f"{path}: columns must be separated by commas; got {header[0]!r}")
+    pairs = []
+    for row in rows:
+        name = row[output].strip() if output < len(row) else ""
+        if source >= len(row) or not row[source].strip():
+            raise ValueError(f"{path}: every row must have a path in column {source + 1}; got {','.join(row)!r}")
+        pairs.append((row[source].strip(), name or None))
+    return pairs
 
 
 def _json_row(path: Path, number: int, line: str) -> tuple[str, str | None]:
@@ -230,23 +250,29 @@ def _check_name(path: Path, name: str | None) -> str | None:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
         raise ValueError(f"{path}: an output name must be a path below the output folder; got {name!r}")
+    if relative.parts[0] in (FOLDER, MANIFEST) or "\0" in name:
+        raise ValueError(f"{path}: an output name must be none that the program itself uses; got {name!r}")
     return relative.as_posix()
 
 
-def check_outputs(sources: Iterable[FlowSource], output: Path, targets: Iterable[Path]) -> None:
+def check_outputs(sources: Iterable[FlowSource], output: Path, targets: Iterable[Path], are_files: bool) -> None:
     """Refuse outputs that would replace inputs, or would be taken for inputs the next time.
 
     Args:
         sources: Of the collection.
         output: The output folder.
-        targets: The output of each source: a file, or a folder of files.
+        targets: The output of each source.
+        are_files: Outputs are files, not folders of files.
 
     Raises:
-        ValueError: An output is a source, or lies in a folder of frames.
+        ValueError: An output is a source, or lies in a folder of frames or in another output that is a file.
     """
     files = {source.path.resolve() for source in sources}
     folders = {path for path in files if path.is_dir()}
+    targets = list(targets)
     for target in targets:
+        if are_files and (inside := set(targets) & set(target.parents)):
+            raise ValueError(f"{target} would be written into the file {inside.pop()}; give another output name")
         resolved = target.resolve()
         if resolved in files or folders & {resolved, *resolved.parents}:
             raise ValueError(f"{target} would be written into what is read; choose another --output than {output}")

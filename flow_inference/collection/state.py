@@ -103,6 +103,8 @@ class CollectionState:
         stored = {path.stem: path for path in self._complete_files("records")}
         ordered = [key for key in keys if key in stored] + [key for key in stored if key not in set(keys)]
         records = [record for key in ordered if (record := _read_json(stored[key])) and "piece" not in record]
+        for record in records:
+            record.pop("names", None)  # of frames: many
         with atomic_write(self.output / MANIFEST) as partial:
             partial.write_text("".join(json.dumps(record) + "\n" for record in records))
 
