@@ -50,7 +50,7 @@ test-browser: $(INSTALLED)
 LOWEST := .venv-lowest
 test-lowest:
 	test -x $(LOWEST)/bin/python || python3 -m venv $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/python -m pip install --quiet uv 'setuptools>=77,<82'
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[test]"
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not gpu and not browser" $(XDIST)
 
