@@ -42,6 +42,7 @@ from flow_data.optional_packages import MissingPackageError
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model
 from flow_inference.cpu_threads import limit_spinning
+from flow_inference.parent_process import is_accelerate_launch
 
 # torch is imported once the arguments are known to be good, so that --help and mistakes take no time.
 if TYPE_CHECKING:
@@ -206,14 +207,8 @@ def is_collection(args: argparse.Namespace) -> bool:
     """Return whether the arguments name several sources, or ask for what only collections have.
 
     Raises:
-        ValueError: They ask for that, and name images.
+        ValueError: They ask for that, and name images; or one of several is neither video, image nor folder.
     """
-    if args.format in COLLECTION_FORMATS or any(getattr(args, name) for name in COLLECTION_FLAGS):
-        if images := [path for path in args.frames if looks_like_image(path)]:
-            raise ValueError(
-                f"{images[0]} is an image; for formats and flags of collections, give the folder of frames"
-            )
-        return True
     images = [path for path in args.frames if looks_like_image(path)]
     if len(images) < len(args.frames):
         from PIL import Image
@@ -221,6 +216,12 @@ def is_collection(args: argparse.Namespace) -> bool:
         known = Image.registered_extensions()
         if strays := [path for path in images if path.is_file() and path.suffix.lower() not in known]:
             raise ValueError(f"{strays[0]} is no video, no image and no folder; leave it out")
+    if args.format in COLLECTION_FORMATS or any(getattr(args, name) for name in COLLECTION_FLAGS):
+        if images:
+            raise ValueError(
+                f"{images[0]} is an image; for formats and flags of collections, give the folder of frames"
+            )
+        return True
     if args.video is not None or images:
         return False
     folder = args.frames[0]
@@ -230,11 +231,11 @@ def is_collection(args: argparse.Namespace) -> bool:
         return False
     from PIL import Image
 
-    images = Image.registered_extensions()
+    suffixes = Image.registered_extensions()
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if any(is_video(entry) and entry.is_file() for entry in entries):
         return True
-    if any(entry.suffix.lower() in images for entry in entries):
+    if any(entry.suffix.lower() in suffixes for entry in entries):
         return int(os.environ.get("WORLD_SIZE", "1")) > 1  # one sequence, which the processes must not all compute
     return any(entry.is_dir() for entry in entries)
 
@@ -376,15 +377,6 @@ def predict_many(args: argparse.Namespace) -> None:
         sys.exit(SOME_FAILED)
 
 
-def is_launcher(process: int) -> bool:
-    """Return whether a process is `accelerate launch`, which for one process sets no variable; only Linux tells."""
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-    except (OSError, ValueError):
-        return False
-    return any("accelerate" in word for word in words) and any("launch" in word for word in words)
-
-
 class StopRequest:
     """Whether SIGTERM or Ctrl-C have asked for the end; a second Ctrl-C, seconds later, interrupts at once.
 
@@ -393,7 +385,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: float | None = None
-        self.parent = os.getppid() if "LOCAL_RANK" in os.environ or is_launcher(os.getppid()) else None
+        self.parent = os.getppid() if "LOCAL_RANK" in os.environ or is_accelerate_launch() else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._record)

@@ -113,7 +113,7 @@ class WriteBehind:
             raise self._error
 
     def _write(self) -> None:
-        with _without_further_threads():
+        with _single_threaded():
             while (function := self._queue.get()) is not None:
                 if self._error is None:
                     try:
@@ -123,7 +123,7 @@ class WriteBehind:
 
 
 @contextmanager
-def _without_further_threads() -> Iterator[None]:
+def _single_threaded() -> Iterator[None]:
     """Have PyTorch compute in the calling thread alone.
 
     The number of threads belongs to a thread. Threads that start later inherit it, which is why it is set back.

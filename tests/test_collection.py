@@ -239,6 +239,7 @@ def test_mistakes_are_errors_before_anything_is_computed(model, inputs, tmp_path
         (["--list", tmp_path / "latin.txt"], "latin.txt: a list must be UTF-8 text"),
         (["--list", tmp_path / "nested.txt", "--format", "h5"], "b.h5 would be written into the file .*a.h5"),
         ([twin / "clip.mp4", tmp_path / "notes.odt"], "notes.odt is no video, no image and no folder; leave it out"),
+        ([twin, tmp_path / "notes.odt", "--format", "h5"], "notes.odt is no video, no image and no folder"),
         ([twin / "clip.mp4", "--report", tmp_path], "--report must be a file; .* is a folder"),
         ([inputs / "long.mp4", "--shard", "3/2"], "--shard must be I/N with I from 1 to N; got 3/2"),
         ([inputs / "long.mp4", "--bound", "5"], "--bound has no use here: it is for --format jpg"),
@@ -428,7 +429,7 @@ def test_a_full_disk_ends_the_run(model, inputs, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         predict_collection(model, [inputs / "long.mp4", inputs / "frames"], tmp_path, SETTINGS)
     assert not list((tmp_path / ".flow_state/records").iterdir()) and not checksums(tmp_path)
-    assert not list((tmp_path / ".flow_state/claims").iterdir())
+    assert not list((tmp_path / ".flow_state/claims").iterdir()) and (tmp_path / "manifest.jsonl").exists()
 
 
 def test_a_run_reports_its_own_pairs(model, inputs, tmp_path):

@@ -1,7 +1,6 @@
 """SIGTERM and Ctrl-C: a run ends after the current step, on all processes at once, instead of in the middle of it."""
 
 import ctypes
-import os
 import signal
 import sys
 import threading
@@ -9,9 +8,10 @@ import time
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed
+
+from flow_inference.parent_process import is_accelerate_launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -23,13 +23,7 @@ def terminate_with_launcher() -> None:
 
     This works on Linux, and is done only below that launcher: a shell, for example, may end before the run does.
     """
-    if sys.platform != "linux":
-        return
-    try:
-        argv = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return
-    if any("accelerate" in word for word in argv) and any("launch" in word for word in argv):
+    if is_accelerate_launch():
         _request_signal_at_parent_death(signal.SIGTERM)
 
 
