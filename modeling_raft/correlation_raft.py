@@ -12,7 +12,7 @@ Shapes: `B` batch, `C` feature channels, `h w` 1/8 grid, `N` rows and `S` column
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -123,14 +123,11 @@ def pool_features(fmap: Tensor, num_levels: int) -> list[Tensor]:
     return levels
 
 
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of a pyramid level, in pixels of that level, whose correlations are columns of a volume."""
-
-    left: int
-    top: int
-    width: int
-    height: int
+def whole_levels(height: int, width: int, num_levels: int, device: torch.device) -> Tensor:
+    """Make the rectangles (left, top, width, height) of whole levels `(L, 4)`, without waiting for the device."""
+    scales = 2 ** torch.arange(num_levels, device=device)
+    sides = [torch.full_like(scales, side).div(scales, rounding_mode="floor") for side in (width, height)]
+    return torch.stack([torch.zeros_like(scales), torch.zeros_like(scales), *sides], dim=1)
 
 
 def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
@@ -142,7 +139,46 @@ def flatten_pyramid(levels: Sequence[Tensor]) -> Tensor:
     return F.pad(columns, (0, ALIGNMENT - columns.shape[2] % ALIGNMENT))
 
 
-def window_indices(centroids: Tensor, boxes: Sequence[Box], radius: int, zero_column: int) -> tuple[Tensor, Tensor]:
+class ColumnLayout(NamedTuple):
+    """What `window_indices` needs to know of the columns of a volume.
+
+    Everything is for all levels at once, x and y too: on a GPU, launching an operation takes longer than any of them.
+
+    Attributes:
+        scales: `(L, 1)`, pixels of level 0 in a pixel of each level.
+        offsets: `(L, 2, W)`, the pixels of a patch, (x, y), from the one that holds the centroid, in the rectangles.
+        sizes: `(L, 2, 1)`, width and height of the rectangles.
+        strides: `(L, 2, 1)`, how many columns lie between neighboring pixels.
+        starts: `(L, 2, 1)`, the first column of each level, under y.
+    """
+
+    scales: Tensor
+    offsets: Tensor
+    sizes: Tensor
+    strides: Tensor
+    starts: Tensor
+
+
+def column_layout(boxes: Tensor, radius: int) -> ColumnLayout:
+    """Lay out the columns of a volume.
+
+    Args:
+        boxes: `(L, 4)` int64: for each level, the rectangle (left, top, width, height) that the columns hold, one
+            level after the other, in pixels of that level.
+        radius: Radius of the windows, in pixels of each level.
+    """
+    corners, sizes = boxes[..., None].split(2, dim=1)  # (L, 2, 1) each
+    widths, areas = sizes[:, :1], sizes.prod(dim=1, keepdim=True)
+    return ColumnLayout(
+        scales=2 ** torch.arange(len(boxes), device=boxes.device)[:, None],
+        offsets=torch.arange(-radius, radius + 2, device=boxes.device) - corners,
+        sizes=sizes,
+        strides=torch.cat([torch.ones_like(widths), widths], dim=1),
+        starts=torch.cat([torch.zeros_like(areas), areas.cumsum(dim=0) - areas], dim=1),
+    )
+
+
+def window_indices(centroids: Tensor, layout: ColumnLayout, zero_column: int) -> tuple[Tensor, Tensor]:
     """Compute which columns of a volume the windows around centroids consist of (paper section 3.2).
 
     All points of a window have the same distance to the pixels around them. So a window of (2 r + 1)**2 points is read
@@ -150,28 +186,21 @@ def window_indices(centroids: Tensor, boxes: Sequence[Box], radius: int, zero_co
 
     Args:
         centroids: `(N, 2)`, (x, y) in pixels of level 0.
-        boxes: For each level, the rectangle that the volume's columns hold, one level after the other.
-        radius: Radius of the windows, in pixels of each level.
+        layout: Of the volume's columns.
         zero_column: Index of the last column, which holds zeros.
 
     Returns:
         Indices of columns `(N, L, W, W)`, x before y; and fractions `(N, L, 2, 1, 1)` in [0, 1], (x, y), by which the
         points of a window lie beyond the pixels of the patch.
     """
-    offsets = torch.arange(-radius, radius + 2, device=centroids.device)
-    columns_x, columns_y, fractions, begin = [], [], [], 0
-    for level, box in enumerate(boxes):
-        centers = centroids / 2**level
-        corners = centers.floor()
-        fractions.append(centers - corners)
-        x, y = (corners.long()[..., None] + offsets).unbind(1)  # (N, W) each
-        x, y = x - box.left, y - box.top
-        # The sum of both is beyond the last column where either x or y is outside.
-        columns_x.append(torch.where((x >= 0) & (x < box.width), x, zero_column))
-        columns_y.append(torch.where((y >= 0) & (y < box.height), y * box.width + begin, zero_column))
-        begin += box.width * box.height
-    columns = torch.stack(columns_x, dim=1)[..., :, None] + torch.stack(columns_y, dim=1)[..., None, :]
-    return columns.clamp_(max=zero_column), torch.stack(fractions, dim=1)[..., None, None]
+    centers = centroids[:, None] / layout.scales  # (N, L, 2)
+    corners = centers.floor()
+    pixels = corners.long()[..., None] + layout.offsets  # (N, L, 2, W)
+    inside = (pixels >= 0) & (pixels < layout.sizes)
+    # The sum of both is beyond the last column where either x or y is outside.
+    x, y = torch.where(inside, pixels * layout.strides + layout.starts, zero_column).unbind(2)
+    columns = x[..., :, None] + y[..., None, :]
+    return columns.clamp_(max=zero_column), (centers - corners)[..., None, None]
 
 
 def gather_windows(volume: Tensor, columns: Tensor, fractions: Tensor) -> Tensor:
@@ -215,7 +244,8 @@ class DenseCorrelation:
             # Features are scaled rather than products, of which there are h * w times as many.
             rows = (fmap1.to(dtype) / math.sqrt(fmap1.shape[1])).flatten(2).transpose(1, 2)  # (B, h*w, C)
             levels = pool_features(fmap2.to(dtype), num_levels)
-            self.boxes = [Box(0, 0, level.shape[3], level.shape[2]) for level in levels]
+            boxes = whole_levels(fmap2.shape[2], fmap2.shape[3], num_levels, fmap2.device)
+            self.layout = column_layout(boxes, radius)
             columns = flatten_pyramid(levels)  # (B, C, S)
             self.gradient = SharedGradient()
             if torch.compiler.is_compiling():  # a compiler cannot follow the shared gradient, and saves memory itself
@@ -238,9 +268,9 @@ class DenseCorrelation:
         with torch.autocast(centroids.device.type, enabled=False):
             points = centroids.to(self.volume.dtype).permute(0, 2, 3, 1).reshape(-1, 2)
             if self.volume.requires_grad and not torch.compiler.is_compiling():
-                windows = _LookUp.apply(self.volume, points, self.boxes, self.radius, self.gradient)
+                windows = _LookUp.apply(self.volume, points, self.layout, self.gradient)
             else:
-                windows = _look_up(self.volume, points, self.boxes, self.radius)
+                windows = _look_up(self.volume, points, self.layout)
         return windows.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
@@ -265,8 +295,8 @@ class SharedGradient:
         return taken
 
 
-def _look_up(volume: Tensor, points: Tensor, boxes: list[Box], radius: int) -> Tensor:
-    return gather_windows(volume, *window_indices(points, boxes, radius, volume.shape[1] - 1))
+def _look_up(volume: Tensor, points: Tensor, layout: ColumnLayout) -> Tensor:
+    return gather_windows(volume, *window_indices(points, layout, volume.shape[1] - 1))
 
 
 class _AllPairs(torch.autograd.Function):
@@ -294,12 +324,10 @@ class _LookUp(torch.autograd.Function):
     """`_look_up`, whose backward pass adds to the shared gradient and recomputes the indices rather than keep them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, volume: Tensor, points: Tensor, boxes: list[Box], radius: int, gradient: SharedGradient
-    ) -> Tensor:
+    def forward(ctx: Any, volume: Tensor, points: Tensor, layout: ColumnLayout, gradient: SharedGradient) -> Tensor:
         ctx.save_for_backward(points)  # not the volume, of which the backward pass needs the shape only
-        ctx.boxes, ctx.radius, ctx.gradient, ctx.shape = boxes, radius, gradient, volume.shape
-        return _look_up(volume, points, boxes, radius)
+        ctx.layout, ctx.gradient, ctx.shape = layout, gradient, volume.shape
+        return _look_up(volume, points, layout)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
@@ -307,9 +335,9 @@ class _LookUp(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("the correlation has no second derivatives: call backward without create_graph")
         (points,) = ctx.saved_tensors
-        indices = window_indices(points, ctx.boxes, ctx.radius, ctx.shape[1] - 1)
+        indices = window_indices(points, ctx.layout, ctx.shape[1] - 1)
         scatter_windows(grad, *indices, ctx.gradient.get(grad, ctx.shape))
-        return None, None, None, None, None  # autograd calls `_AllPairs.backward` after the backward of every lookup
+        return None, None, None, None  # autograd calls `_AllPairs.backward` after the backward of every lookup
 
 
 # ---- On demand: what a lookup reads ----
@@ -346,7 +374,8 @@ class Tile:
     sample: int
     rows: slice
     columns: slice
-    boxes: list[Box]
+    boxes: Tensor  # (L, 4), as for `column_layout`
+    boxes_on_host: list[list[int]]
 
     def crop(self, maps: Tensor) -> Tensor:
         """Crop maps of frame 1 `(B, C, h, w)` to the tile: a view `(C, ., .)`."""
@@ -356,13 +385,13 @@ class Tile:
         """Crop every level of frame 2 `(B, C, ., .)` to its rectangle: views `(1, C, height, width)`."""
         sample = slice(self.sample, self.sample + 1)
         return [
-            level[sample, :, box.top : box.top + box.height, box.left : box.left + box.width]
-            for level, box in zip(levels, self.boxes, strict=True)
+            level[sample, :, top : top + height, left : left + width]
+            for level, (left, top, width, height) in zip(levels, self.boxes_on_host, strict=True)
         ]
 
     def window_indices(self, centroids: Tensor, radius: int, zero_column: int) -> tuple[Tensor, Tensor]:
         """Compute `window_indices` of the tile's part of `centroids` `(B, 2, h, w)`, in its rectangles."""
-        return window_indices(self.crop(centroids).flatten(1).T, self.boxes, radius, zero_column)
+        return window_indices(self.crop(centroids).flatten(1).T, column_layout(self.boxes, radius), zero_column)
 
 
 def make_tiles(centroids: Tensor, levels: Sequence[Tensor], radius: int) -> list[Tile]:
@@ -378,12 +407,12 @@ def make_tiles(centroids: Tensor, levels: Sequence[Tensor], radius: int) -> list
         end = ((high / 2**level).floor() + radius + 2).minimum(size).maximum(first + 1)
         bounds.append(torch.cat([first, end - first], dim=1))
     # (B, rows, columns, L, 4)
-    rectangles = torch.stack(bounds, dim=1).permute(0, 3, 4, 1, 2).long().tolist()
+    boxes = torch.stack(bounds, dim=1).permute(0, 3, 4, 1, 2).long()
     return [
-        Tile(b, slice(TILE * i, TILE * (i + 1)), slice(TILE * j, TILE * (j + 1)), [Box(*box) for box in boxes])
-        for b, rows in enumerate(rectangles)
+        Tile(b, slice(TILE * i, TILE * (i + 1)), slice(TILE * j, TILE * (j + 1)), boxes[b, i, j], on_host)
+        for b, rows in enumerate(boxes.tolist())
         for i, row in enumerate(rows)
-        for j, boxes in enumerate(row)
+        for j, on_host in enumerate(row)
     ]
 
 
