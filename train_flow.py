@@ -28,6 +28,7 @@ from flow_training.checkpoints import (
     remove_unfinished,
     resume_settings,
 )
+from flow_training.cuda_graphs import record_training
 from flow_training.data import (
     describe_missing_ground_truth,
     group_micro_batches,
@@ -44,7 +45,7 @@ from flow_training.ops.lock import RunLock
 from flow_training.ops.signals import StopRequest, terminate_with_launcher
 from flow_training.ops.uploads import Uploads
 from flow_training.optimization import ExponentialMovingAverage, count_steps, make_optimizer, make_schedule
-from flow_training.processes import make_accelerator, require_shared_folder, unwrap
+from flow_training.processes import check_cuda_graphs, make_accelerator, require_shared_folder, unwrap
 from flow_training.run import (
     PROG,
     Run,
@@ -97,6 +98,8 @@ def set_up(config: TrainingConfig, resources: ExitStack) -> Run:
     """
     with ExitStack() as cleanup:
         accelerator, config = make_accelerator(config)
+        if config.cuda_graphs:
+            check_cuda_graphs(accelerator, config)
         output_dir, lock = Path(config.output_dir), None
         if accelerator.is_main_process:
             lock = RunLock(output_dir)
@@ -126,6 +129,9 @@ def set_up(config: TrainingConfig, resources: ExitStack) -> Run:
     progress = RunProgress(ema)
     if config.compile:
         compile_training(model)
+    if config.cuda_graphs:
+        batch_shape = (int(config.per_device_train_batch_size or 0), config.crop_size[0], config.crop_size[1])
+        record_training(model, batch_shape, config.num_flow_updates, accelerator.device, accelerator.autocast())
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule, progress)
     logger = MetricLogger(config, accelerator, progress, list(num_pairs))

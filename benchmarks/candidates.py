@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.models.optical_flow import raft_large, raft_small
 
 from benchmarks.cuda_graph import capture
+from flow_training.cuda_graphs import record_training
 from modeling_raft.convert_raft_checkpoint import convert_state_dict
 
 GAMMA, MAX_FLOW = 0.8, 400.0
@@ -25,7 +26,7 @@ class Candidate:
         size: `large` or `small`.
         precision: `fp32`; `tf32`, which GPUs may multiply float32 in; `fp16` or `bf16`, by autocast.
         options: of ours: `checkpointing` recomputes activations; `dense` and `on_demand` say how to correlate,
-            instead of as fits the memory; `compiled` is by torch.compile; `graph` replays inference as a CUDA graph.
+            instead of as fits the memory; `compiled` is by torch.compile; `graph` replays a CUDA graph.
     """
 
     library: str
@@ -76,6 +77,12 @@ class Candidate:
         """A call runs forward, loss and backward, and returns the loss."""
         device = pixel_values.device
         model = self.compile(self.make_model().train().to(device))
+        if "graph" in self.options:
+            batch, height, width = labels.shape[0], *labels.shape[2:]
+            in_autocast = in_precision(self.precision, device)
+            record_training(model, (batch, height, width), num_flow_updates, device, in_autocast)
+
+        valid = torch.ones_like(labels[:, 0], dtype=torch.bool)
 
         def run() -> Tensor:
             with in_precision(self.precision, device):
@@ -83,7 +90,7 @@ class Candidate:
                     flows = model(pixel_values[:, 0], pixel_values[:, 1], num_flow_updates=num_flow_updates)
                     loss = usual_loss(flows, labels)
                 else:
-                    loss = model(pixel_values, labels=labels, num_flow_updates=num_flow_updates).loss
+                    loss = model(pixel_values, labels=labels, valid=valid, num_flow_updates=num_flow_updates).loss
             loss.backward()
             model.zero_grad()
             return loss.detach()

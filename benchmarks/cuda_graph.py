@@ -27,7 +27,7 @@ def capture(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Tensor:
+    def replay(read: Callable[[], Tensor] = call) -> Tensor:  # keeps the memory that the graph reads, such as weights
         graph.replay()
         return result
 

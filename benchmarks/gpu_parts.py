@@ -76,7 +76,7 @@ def measure(
             result, row["peak_gb"] = with_peak(call, bench.device)
             row["first_seconds"] = time.monotonic() - start  # with compilation
             if "graph" in candidate.options:
-                row["peak_gb"] = None  # it was taken when the graph was recorded
+                row["peak_gb"] = None  # was taken when the graph was recorded
             if result_to_compare is not None:
                 compared = result_to_compare(result).float().cpu()
                 reference = compared if reference is None else reference
@@ -201,6 +201,8 @@ def training(bench: Bench) -> None:
         precisions = training_precisions(bench, "fp32", "tf32", "fp16", "bf16")
         candidates = several("torchvision", "large", precisions) + several("ours", "large", precisions)
         candidates += several("ours", "large", precisions[1:], "checkpointing")
+        if bench.device.type == "cuda":
+            candidates += several("ours", "large", ("tf32", "fp16", "bf16"), "graph")
         call = lambda c: c.training_step(images, labels, updates)  # noqa: B023, E731
         measure(bench, "training", candidates, call, facts)
         work = lambda p: count_work(Candidate("ours", "large", p, ("dense",)).training_step(images, labels, updates))  # noqa: B023, E731

@@ -127,6 +127,9 @@ class TrainingConfig:
                                                                    " accelerate launch was given, else no.")
     compile: bool = option(False, "Compile the training step with torch.compile, which takes minutes at the start and "
                            "changes results by rounding only.", changeable=True)
+    cuda_graphs: bool = option(False, "Record the kernels of a training step once and launch them together, which "
+                               "is faster where a GPU waits for the host: on one GPU, without accumulation.",
+                               changeable=True)
     ema_decay: float | None = option(None, "Decay of an exponential moving average of the weights, which is then "
                                      "validated and saved as the final model; default: no average.", DECAY)
     seed: int = option(1234, "Of the weights, the order of the pairs and their augmentation.", count(0, 2**32 - 1))

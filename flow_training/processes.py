@@ -88,6 +88,26 @@ def make_accelerator(config: TrainingConfig) -> tuple[Accelerator, TrainingConfi
     )
 
 
+def check_cuda_graphs(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Refuse what steps cannot be recorded with.
+
+    Raises:
+        ValueError: The device is no CUDA GPU, there are several processes, a step has several passes, or the step is
+            to be compiled as well.
+    """
+    if config.compile:
+        raise ValueError("cuda_graphs must be off with compile; got both")
+    if accelerator.device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a CUDA GPU; got the device {accelerator.device}")
+    if accelerator.num_processes > 1:
+        raise ValueError(f"cuda_graphs must be off with several processes; got {accelerator.num_processes}")
+    if accelerator.gradient_accumulation_steps > 1:  # a replay overwrites the gradients of the one before
+        raise ValueError(
+            f"per_device_train_batch_size must be total_batch_size, {config.total_batch_size}, with cuda_graphs; got "
+            f"{config.per_device_train_batch_size}"
+        )
+
+
 def split_batch(total_batch_size: int, per_device: int | None, num_processes: int) -> tuple[int, int]:
     """Split a global batch over processes and forward passes.
 

@@ -102,6 +102,26 @@ def test_steps_that_overflow_in_float16_are_skipped_and_the_schedule_stands_stil
     assert progress["ema"]["num_updates"] == changed.count(True)
 
 
+# ---- CUDA graphs ----
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_run_with_cuda_graphs_is_the_run_without(precision, cuda, tmp_path):
+    """With BatchNorm that trains, clipping, a moving average and a validation in the middle."""
+    settings = {"max_train_steps": "6", "mixed_precision": precision, "model_size": "large", "ema_decay": "0.9"}
+    settings |= {"validation_sets": "synthetic", "validation_steps": "3", "config_overrides": "{correlation: dense}"}
+    finish(start(cuda, tmp_path / "graphs", "--cuda_graphs", **settings))
+    finish(start(cuda, tmp_path / "plain", **settings))
+    for ours, expected in zip(*(log_lines(tmp_path / name) for name in ("graphs", "plain")), strict=True):
+        assert ours.keys() == expected.keys() and ours["step"] == expected["step"]
+        print(precision, {name: (ours[name], expected[name]) for name in ours.keys() & {"loss", "grad_norm", "epe"}})
+        for name in ours.keys() & {"loss", "grad_norm", "epe", "validation/synthetic/epe", "skipped_steps"}:
+            assert ours[name] == pytest.approx(expected[name], rel=1e-3), name
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("graphs", "plain"))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-2, atol=1e-4)
+
+
 # ---- kills and processes ----
 
 
