@@ -4,8 +4,10 @@ Shapes: `B` batch, `H W` frame, `H' W'` frame as the model takes it, `h w` 1/8 g
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow_data.out_of_memory import attempt
+from flow_inference.cuda_graphs import Part, can_record_updates, recorder_of
 from flow_inference.devices import autocast
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 from modeling_raft.configuration_raft import DOWNSAMPLE_FACTOR
@@ -169,6 +172,7 @@ class FlowEstimator:
             raise ValueError("the model is in training mode; call model.eval() first")
         autocast(model.device, mixed_precision)  # raises now what is wrong with it
         self.model, self.mixed_precision = model, mixed_precision
+        self.recorder = recorder_of(model)
         smallest = max(RaftImageProcessor.min_size, model.config.min_image_size)
         self.padder = InputPadder(height, width, max_side, min_side, smallest)
 
@@ -184,7 +188,7 @@ class FlowEstimator:
         size = f"{pixels.shape[-2]} x {pixels.shape[-1]} px"
         attempted = f"the encoding of {'a frame' if len(frames) == 1 else f'{len(frames)} frames'} of {size}"
         with autocast(self.model.device, self.mixed_precision), attempt(attempted):
-            features = self.model.encode_features(pixels)
+            (features,) = self._run("features", self._encode_features, pixels)
         return [EncodedFrame(*encoded) for encoded in zip(pixels.split(1), features.split(1), strict=True)]
 
     def estimate(
@@ -230,29 +234,58 @@ class FlowEstimator:
         with autocast(self.model.device, self.mixed_precision), attempt(attempted):
             self._encode_contexts([first for first, _ in pairs])
             states = [self._state(first) for first, _ in pairs]
-            updates = self.model.updates(
+            encodings = (
                 torch.cat([first.features for first, _ in pairs]),
                 torch.cat([second.features for _, second in pairs]),
                 torch.cat([hidden for hidden, _ in states]),
                 torch.cat([context for _, context in states]),
-                num_flow_updates,
-                initial_flow,
             )
-            hidden, low_res_flow, counts = _run_updates(updates, len(pairs), num_flow_updates, tolerance)
-            flow = self.model.upsampler(hidden, low_res_flow)
+            counts = [num_flow_updates] * len(pairs)
+            if tolerance is None and self.recorder is not None and can_record_updates(self.model, encodings[0]):
+                start = () if initial_flow is None else (initial_flow,)
+                update = partial(self._update, num_flow_updates)
+                flow, low_res_flow = self._run(f"{num_flow_updates} updates", update, *encodings, *start)
+            else:
+                updates = self.model.updates(*encodings, num_flow_updates, initial_flow)
+                hidden, low_res_flow, counts = _run_updates(updates, len(pairs), num_flow_updates, tolerance)
+                flow = self.model.upsampler(hidden, low_res_flow)
         return Estimate(self.padder.unpad(flow), low_res_flow, counts)
+
+    def _run(self, name: str, part: Part, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run a part of the model, as a CUDA graph where there can be one."""
+        if self.recorder is None:
+            return part(*tensors)
+        return self.recorder.run(self.model, name, part, *tensors)
+
+    def _encode_features(self, pixels: Tensor) -> tuple[Tensor]:
+        return (self.model.encode_features(pixels),)
+
+    def _update(
+        self,
+        num_flow_updates: int,
+        features1: Tensor,
+        features2: Tensor,
+        hidden: Tensor,
+        context: Tensor,
+        start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        states = self.model.updates(features1, features2, hidden, context, num_flow_updates, start, "dense")
+        hidden, flow = deque(states, maxlen=1).pop()  # the last one
+        return self.model.upsampler(hidden, flow), flow
 
     def _encode_contexts(self, frames: Sequence[EncodedFrame]) -> None:
         """Encode as one batch the context of the frames that have none yet."""
         missing = list({id(frame): frame for frame in frames if frame.state is None}.values())
         if len(missing) > 1:
-            hidden, context = self.model.encode_context(torch.cat([frame.pixels for frame in missing]))
+            pixels = torch.cat([frame.pixels for frame in missing])
+            hidden, context = self._run("context", self.model.encode_context, pixels)
             for frame, *state in zip(missing, hidden.split(1), context.split(1), strict=True):
                 frame.state = (state[0], state[1])
 
     def _state(self, frame: EncodedFrame) -> tuple[Tensor, Tensor]:
         if frame.state is None:
-            frame.state = self.model.encode_context(frame.pixels)
+            hidden, context = self._run("context", self.model.encode_context, frame.pixels)
+            frame.state = (hidden, context)
         return frame.state
 
 

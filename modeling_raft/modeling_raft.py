@@ -462,6 +462,7 @@ class RaftForOpticalFlow(PreTrainedModel):
         context: Tensor,
         num_flow_updates: int,
         initial_flow: Tensor | None = None,
+        correlation: str | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Update the flow of two frames from their encodings, which video callers keep from one pair to the next.
 
@@ -471,13 +472,15 @@ class RaftForOpticalFlow(PreTrainedModel):
             hidden, context: `encode_context` of frame 1.
             num_flow_updates: At least 1.
             initial_flow: `(B, 2, h, w)` in grid pixels; None: zero.
+            correlation: In the place of `config.correlation`; None: as that says.
 
         Yields:
             After each update, the hidden state `(B, hidden_dim, h, w)` and the flow `(B, 2, h, w)` in grid pixels,
             which `upsampler(hidden, flow)` upsamples to `(B, 2, H, W)` in pixels.
         """
         config = self.config
-        corr = make_correlation(config.correlation, features1, features2, config.corr_levels, config.corr_radius)
+        kind = config.correlation if correlation is None else correlation
+        corr = make_correlation(kind, features1, features2, config.corr_levels, config.corr_radius)
         batch, _, height, width = hidden.shape
         # Coordinates need float32: neighboring pixels of a wide image have the same coordinate in half precision.
         dtype = torch.promote_types(self.dtype, torch.float32)

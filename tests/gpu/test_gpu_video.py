@@ -1,5 +1,7 @@
 """FlowVideo on the device: pair by pair the same flow, and the warm start that a CPU takes."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from flow_data.shipped_files import find_model
 from flow_inference import FlowVideo, pretrained_path
+from flow_inference.cuda_graphs import SWITCH, recorder_of
 from flow_inference.prediction import predict_pair
 from modeling_raft.convert_raft_checkpoint import load_raft
 
@@ -45,3 +48,53 @@ def test_a_warm_start_is_that_of_the_cpu(model, frames, device):
         assert [pair.warm for pair in pairs] == [False] + [True] * (len(pairs) - 1)
         for pair, flow in zip(pairs, expected, strict=True):
             assert (pair.flow.cpu() - flow).abs().mean() < limit
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_cuda_graphs_give_the_flow_without_them(warm_start, precision, cuda, frames, monkeypatch):
+    """Also after weights have changed in place, and while another thread uses the GPU."""
+    model = load_raft(find_model(str(pretrained_path()))).eval().to(cuda)
+    frames = frames * 2
+
+    def flows() -> list[torch.Tensor]:
+        video = FlowVideo(model, frames, warm_start=warm_start, mixed_precision=precision)
+        return [pair.flow.cpu() for pair in video]
+
+    ended = threading.Event()
+
+    def work_beside() -> None:
+        while not ended.is_set():
+            torch.ones(1000, device=cuda).sum().item()
+
+    for factor in (1.0, 1.01):
+        with torch.no_grad():
+            for weight in model.update_block.parameters():
+                weight *= factor
+        thread = threading.Thread(target=work_beside)
+        thread.start()
+        try:
+            ours = flows()
+        finally:
+            ended.set()
+            thread.join()
+            ended.clear()
+        recorder = recorder_of(model)
+        recorded = [recording for recording in recorder._recordings.values() if recording is not None]
+        assert len(recorded) >= 3 and not recorder._failed
+        monkeypatch.setenv(SWITCH, "0")
+        for flow, expected in zip(ours, flows(), strict=True):
+            print(f"differs by {(flow - expected).abs().max():.2g} px")
+            assert (flow - expected).abs().mean() < 1e-3
+        monkeypatch.delenv(SWITCH)
+
+
+def test_weights_that_move_are_recorded_again(cuda, frames):
+    model = load_raft(find_model(str(pretrained_path()))).eval().to(cuda)
+    first = [pair.flow.cpu() for pair in FlowVideo(model, frames, warm_start=False, mixed_precision="no")]
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    model.to(cuda)
+    again = [pair.flow.cpu() for pair in FlowVideo(model, frames, warm_start=False, mixed_precision="no")]
+    for flow, expected in zip(again, first, strict=True):
+        torch.testing.assert_close(flow, expected, atol=1e-3, rtol=0)
