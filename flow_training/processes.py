@@ -92,11 +92,13 @@ def check_cuda_graphs(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Refuse what steps cannot be recorded with.
 
     Raises:
-        ValueError: The device is no CUDA GPU, there are several processes, a step has several passes, or the step is
-            to be compiled as well.
+        ValueError: The device is no CUDA GPU, there are several processes, a step has several passes or is in fp16, or
+            it is to be compiled as well.
     """
     if config.compile:
         raise ValueError("cuda_graphs must be off with compile; got both")
+    if accelerator.mixed_precision == "fp16":  # a run with skipped steps has not been shown to be that without graphs
+        raise ValueError("mixed_precision must be no or bf16 with cuda_graphs; got fp16")
     if accelerator.device.type != "cuda":
         raise ValueError(f"cuda_graphs needs a CUDA GPU; got the device {accelerator.device}")
     if accelerator.num_processes > 1:

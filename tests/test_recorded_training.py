@@ -1,5 +1,7 @@
 """`--cuda_graphs` without a GPU: recording is left out, all around it is as it is (tests/gpu has the real thing)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -67,10 +69,18 @@ def test_what_cannot_be_recorded_is_refused(switches, settings, message, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("processes", "passes", "message"), [(2, 1, "several processes; got 2"), (1, 2, "4, with")])
-def test_processes_and_accumulation_are_refused(processes, passes, message, tmp_path):
-    accelerator = type("", (), {"device": torch.device("cuda"), "num_processes": processes})
-    accelerator.gradient_accumulation_steps = passes
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_processes": 2}, "several processes; got 2"),
+        ({"gradient_accumulation_steps": 2}, "total_batch_size, 4, with cuda_graphs; got 2"),
+        ({"mixed_precision": "fp16"}, "must be no or bf16 with cuda_graphs; got fp16"),
+    ],
+)
+def test_what_a_gpu_cannot_record_is_refused(changes, message, tmp_path):
+    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1, mixed_precision="bf16")
+    accelerator.gradient_accumulation_steps = 1
+    vars(accelerator).update(changes)
     config = train_flow.parse_config(flags(tmp_path, "--cuda_graphs", per_device_train_batch_size="2"))
     with pytest.raises(ValueError, match=message):
         check_cuda_graphs(accelerator, config)
