@@ -1,11 +1,13 @@
 """Make the folder of weights that ships with the project, from the last of the runs that trained them.
 
-    python -m benchmarks.release_weights RUN [RUN ...] --data_root ~/datasets --published raft-small.pth
+    python -m benchmarks.release_weights RUN [RUN ...] --hardware "one H200" --data_root ~/datasets \
+        --published raft-small.pth
 
-Each RUN is the output folder of a finished stage of training, in order, each of which started from the one before. The
-card's metrics are measured here, beside zero flow, classical methods and the published weights
-(`benchmarks.bench_accuracy`); its account of the training comes from the runs' settings and logs. Runs that read
-anything but synthetic pairs are refused: the license of the weights rests on that.
+Each RUN is the output folder of a finished stage of training, in order, each of which started from the one before; the
+first one started from random weights, or from weights that were released like this. The card's metrics are measured
+here, beside zero flow, classical methods and the published weights (`benchmarks.bench_accuracy`); its account of the
+training comes from the runs' settings and logs. Runs that read anything but synthetic pairs are refused: the license
+of the weights rests on that.
 """
 
 import argparse
@@ -18,12 +20,13 @@ from typing import Any
 import yaml
 
 from benchmarks.bench_accuracy import as_table, dis, farneback, measure, open_datasets, open_model, zero_flow
-from flow_data.shipped_files import PRETRAINED
+from flow_data.shipped_files import PRETRAINED, find_model
 from modeling_raft import RaftImageProcessor
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 LARGEST = 4_500_000  # bytes of weights, so that they can travel in the wheel
 NUM_FLOW_UPDATES = 12
+STAGES = "training_stages.json"  # beside the weights: what the card says of each stage, for the stages that follow
 SETTINGS = (  # of a stage, in the card
     "synthetic_image_size", "synthetic_displacement", "synthetic_shapes", "synthetic_appearance", "synthetic_nonrigid",
     "synthetic_ego_motion", "crop_size", "num_flow_updates", "total_batch_size", "learning_rate", "ema_decay",
@@ -62,7 +65,7 @@ From random weights in {num_stages}. The weights are the exponential moving aver
 {stages}
 
 Motion is in pixels, sizes are height and width; docs/data.md explains the settings of synthetic pairs. Hours are those
-of the optimizer steps, on two CPU cores that were shared with other work.
+of the optimizer steps, beside other work.
 
 ## Results
 
@@ -86,24 +89,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--published", required=True, help="published weights to compare with, evaluated at 20 updates"
     )
+    parser.add_argument("--hardware", required=True, help="what the runs were computed on, in words, for the card")
     parser.add_argument("--remark", default="", help="a paragraph for the card, such as how far the training has come")
     parser.add_argument("--output", type=Path, default=Path(PRETRAINED))
     arguments = parser.parse_args(argv)
     try:
-        release(arguments.runs, arguments.data_root, arguments.published, arguments.remark, arguments.output)
+        release(
+            arguments.runs,
+            arguments.hardware,
+            arguments.data_root,
+            arguments.published,
+            arguments.remark,
+            arguments.output,
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"benchmarks.release_weights: error: {error}")
 
 
-def release(runs: Sequence[Path], data_root: Path, published: str, remark: str, output: Path) -> None:
-    """Write weights, configuration, image processor and card into a folder."""
-    stages = [read_stage(run, is_first=index == 0) for index, run in enumerate(runs)]
+def release(runs: Sequence[Path], hardware: str, data_root: Path, published: str, remark: str, output: Path) -> None:
+    """Write weights, configuration, image processor, card and stages of training into a folder."""
+    stages = [*earlier_stages(runs[0]), *(read_stage(run, hardware) for run in runs)]
     model = load_raft(str(runs[-1]))
     model.config.num_flow_updates = NUM_FLOW_UPDATES
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     RaftImageProcessor().save_pretrained(output)
     drop_code(output)
+    (output / STAGES).write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
     size = (output / "model.safetensors").stat().st_size
     if size > LARGEST:
         raise ValueError(f"weights must be at most {LARGEST:,} bytes to ship in the wheel; got {size:,}")
@@ -130,12 +142,30 @@ def release(runs: Sequence[Path], data_root: Path, published: str, remark: str, 
     print(card)
 
 
-def read_stage(run: Path, is_first: bool) -> dict[str, Any]:
-    """Settings of a finished run, with its `steps` and `hours`; the steps are those of the last line of the log.
+def earlier_stages(run: Path) -> list[dict[str, Any]]:
+    """The stages of the weights that a run started from; none where it started from random ones.
 
     Raises:
-        ValueError: It was trained on something other than drawn pairs, or is the first and did not start from random
-            weights.
+        ValueError: Nothing is known of these weights.
+        OSError: It is no finished run.
+    """
+    start = yaml.safe_load((run / "run_config.yaml").read_text(encoding="utf-8"))["model_name_or_path"]
+    if start is None:
+        return []
+    path = Path(find_model(start)) / STAGES
+    if not path.is_file():
+        raise ValueError(
+            f"{run}: the first run must start from random weights or from a folder with {STAGES}; got {start}"
+        )
+    stages: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return stages
+
+
+def read_stage(run: Path, hardware: str) -> dict[str, Any]:
+    """Settings of a finished run, with its `steps`, `hours` and `hardware`; the steps are those of the last log line.
+
+    Raises:
+        ValueError: It was trained on something other than drawn pairs.
         OSError: It is no finished run.
     """
     config = yaml.safe_load((run / "run_config.yaml").read_text(encoding="utf-8"))
@@ -144,14 +174,13 @@ def read_stage(run: Path, is_first: bool) -> dict[str, Any]:
             f"{run}: train_mix must be synthetic alone, with drawn textures; got {config['train_mix']} with "
             f"synthetic_textures {config['synthetic_textures']}"
         )
-    if is_first and config["model_name_or_path"] is not None:
-        raise ValueError(f"{run}: the first stage must start from random weights; got {config['model_name_or_path']}")
     lines = [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     intervals = zip(steps, [{"step": 0}, *steps], strict=False)
     pairs = [(now["step"] - before["step"]) * config["total_batch_size"] for now, before in intervals]
     seconds = sum(count / line["pairs_per_second"] for count, line in zip(pairs, steps, strict=True))
-    return {name: config[name] for name in SETTINGS} | {"steps": steps[-1]["step"], "hours": round(seconds / 3600, 1)}
+    facts = {"steps": steps[-1]["step"], "hours": round(seconds / 3600, 1), "hardware": hardware}
+    return facts | {name: config[name] for name in SETTINGS}
 
 
 def describe_stages(stages: Sequence[dict[str, Any]]) -> str:
@@ -159,7 +188,7 @@ def describe_stages(stages: Sequence[dict[str, Any]]) -> str:
     header = "| | " + " | ".join(f"stage {number}" for number in range(1, len(stages) + 1)) + " |"
     rows = [
         f"| {name} | " + " | ".join(str(stage[name]) for stage in stages) + " |"
-        for name in ("steps", "hours", *SETTINGS)
+        for name in ("steps", "hours", "hardware", *SETTINGS)
     ]
     return "\n".join([header, "|---" * (len(stages) + 1) + "|", *rows])
 

@@ -374,16 +374,27 @@ def test_released_weights_have_a_card_and_no_code(stage, tmp_path):
     write_pairs("flying_chairs", tmp_path, (128, 160), 1)
     run, output = stage(), tmp_path / "released"
     published = run / "model.safetensors"
-    release_weights.release([run], tmp_path, str(published), "Not finished.", output)
+    release_weights.release([run], "a GPU", tmp_path, str(published), "Not finished.", output)
     assert {path.name for path in output.iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_stages.json"
     }  # fmt: skip
     card = (output / "README.md").read_text()
-    assert "| steps | 900 |" in card and "| hours | 2.0 |" in card and "Not finished." in card
+    assert (
+        "| steps | 900 |" in card
+        and "| hours | 2.0 |" in card
+        and "| hardware | a GPU |" in card
+        and "Not finished." in card
+    )
     assert "| **released** |" in card and "| published model@20 |" in card
     expected, released = RaftForOpticalFlow.from_pretrained(run), RaftForOpticalFlow.from_pretrained(output)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(released.state_dict()[name], tensor)
+
+    # A further stage starts from what was released.
+    run = stage(model_name_or_path=str(output))
+    release_weights.release([run], "a CPU", tmp_path, str(published), "", tmp_path / "further")
+    card = (tmp_path / "further/README.md").read_text()
+    assert "| | stage 1 | stage 2 |" in card and "| hardware | a GPU | a CPU |" in card
 
 
 @pytest.mark.parametrize(
@@ -391,12 +402,12 @@ def test_released_weights_have_a_card_and_no_code(stage, tmp_path):
     [
         ({"train_mix": {"synthetic": 1, "sintel_clean": 1}}, "train_mix must be synthetic alone"),
         ({"synthetic_textures": "photos"}, "train_mix must be synthetic alone.*photos"),
-        ({"model_name_or_path": "raft-things.pth"}, "must start from random weights; got raft-things.pth"),
+        ({"model_name_or_path": "raft-things.pth"}, "random weights or from a folder with .*; got raft-things.pth"),
     ],
 )
 def test_weights_with_other_terms_are_not_released(stage, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        release_weights.release([stage(**settings)], tmp_path, "raft-small.pth", "", tmp_path / "released")
+        release_weights.release([stage(**settings)], "a CPU", tmp_path, "raft-small.pth", "", tmp_path / "released")
     assert not (tmp_path / "released").exists()
 
 

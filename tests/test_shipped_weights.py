@@ -25,7 +25,7 @@ def test_the_folder_is_small_and_complete():
     folder = pretrained_path()
     assert folder == PROJECT / PRETRAINED
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "training_stages.json"
     ]  # fmt: skip
     assert (folder / "model.safetensors").stat().st_size <= 4_500_000
     assert not any("averaged" in name or "ema" in name for name in load_file(folder / "model.safetensors"))
