@@ -56,7 +56,7 @@ test-lowest:
 
 # What only a GPU shows, with neither network nor data. Without one, or with DEVICE=cpu, the same code on tiny sizes.
 test-gpu: $(INSTALLED)
-	$(PYTHON) -m pytest -m gpu $(if $(DEVICE),--device $(DEVICE)) --durations=15 tests/gpu
+	$(PYTHON) -m pytest -v -m gpu $(if $(DEVICE),--device $(DEVICE)) --durations=15 tests/gpu
 
 # transformers' own tests of models, configurations and image processors, of the installed version
 test-hf: $(INSTALLED)

@@ -27,9 +27,9 @@ step() {  # name, seconds, command...
 [ $# -gt 0 ] || set -- test bench pretrain
 for name in "$@"; do
     case $name in
-        test) # what compiles takes longest, and comes last
+        test) # what compiles takes longest, and comes last; each result is in the log at once, should the time be over
             t=tests/gpu/test_gpu_
-            step test "${TEST_SECONDS:-540}" "$PYTHON" -m pytest -m gpu -rs --durations=10 \
+            step test "${TEST_SECONDS:-540}" "$PYTHON" -m pytest -v -m gpu -rs --durations=10 \
                 ${t}parity.py ${t}memory.py ${t}training.py ${t}video.py ${t}compile.py ;;
         bench) step bench "${BENCH_SECONDS:-480}" "$PYTHON" -m benchmarks.bench_gpu \
             --seconds $((${BENCH_SECONDS:-480} - 20)) --output "$RESULTS/gpu.json" --page docs/speed.md

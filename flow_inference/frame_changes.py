@@ -39,8 +39,8 @@ def is_duplicate(frame1: np.ndarray, frame2: np.ndarray, tolerance: float = DUPL
         import cv2
     gray1, gray2 = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32) for frame in (frame1, frame2))
     gradient_x, gradient_y = (cv2.Sobel(gray1, cv2.CV_32F, *order, scale=1 / 8) for order in ((1, 0), (0, 1)))
-    explained = NOISE + tolerance * _block_means(np.hypot(gradient_x, gradient_y))
-    return bool((_block_means(np.abs(gray1 - gray2)) <= explained).all())
+    explained = NOISE + tolerance * _block_means(cv2.magnitude(gradient_x, gradient_y))
+    return bool((_block_means(cv2.absdiff(gray1, gray2)) <= explained).all())
 
 
 def _block_means(values: np.ndarray) -> np.ndarray:
