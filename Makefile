@@ -8,7 +8,7 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 
 # Flow of two frames with the shipped weights; then a fine-tune on the look of these frames, evaluated before and after.
 QUICKSTART := outputs/quickstart
-HELD_OUT := --dataset synthetic --data_dir examples/frames --synthetic_image_size 112 144 --synthetic_displacement 20 30 \
+HELD_OUT := --dataset synthetic --data_dir examples/frames --synthetic_image_size 112 144 --synthetic_displacement 26 40 \
 	--synthetic_shapes 1 3 --synthetic_appearance 0 --synthetic_nonrigid 0 --synthetic_ego_motion 0 --synthetic_num_pairs 32
 quickstart: $(INSTALLED)
 	rm -rf $(QUICKSTART)
