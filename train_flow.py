@@ -131,7 +131,8 @@ def set_up(config: TrainingConfig, resources: ExitStack) -> Run:
         compile_training(model)
     if config.cuda_graphs:
         batch_shape = (int(config.per_device_train_batch_size or 0), config.crop_size[0], config.crop_size[1])
-        record_training(model, batch_shape, config.num_flow_updates, accelerator.device, accelerator.autocast())
+        with attempt("the recording of a training step as a CUDA graph"):
+            record_training(model, batch_shape, config.num_flow_updates, accelerator.device, accelerator.autocast())
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule, progress)
     logger = MetricLogger(config, accelerator, progress, list(num_pairs))

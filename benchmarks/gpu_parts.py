@@ -4,6 +4,7 @@ On a GPU, every part has the sizes that people use, and on a CPU `tiny` ones tha
 with `part`; a case that fails is a row with `failed`, and the others go on.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -251,6 +252,7 @@ def on_demand(bench: Bench) -> None:
 def video(bench: Bench) -> None:
     """Frames a second of FlowVideo, beside torchvision's model on each pair."""
     from flow_inference import FlowVideo
+    from flow_inference.cuda_graphs import SWITCH
 
     height, width = bench.size(436, 1024)
     frames = moving_frames(height, width, count=4 if bench.tiny else 13)
@@ -258,6 +260,8 @@ def video(bench: Bench) -> None:
         "pair by pair, as the model is": {"warm_start": False},
         "as it is (bf16 where quick)": {},
         "float32": {"mixed_precision": "no"},
+        "as it is, with CUDA graphs": {},
+        "float32, with CUDA graphs": {"mixed_precision": "no"},
     }
     for size in ("large", "small"):
         if bench.time_is_over():
@@ -272,12 +276,13 @@ def video(bench: Bench) -> None:
                     images = (as_input(frame, bench.device) for frame in (frame1, frame2))
                     peer(*images, num_flow_updates=updates)[-1].cpu()  # noqa: B023
 
-        def run(options: dict[str, Any]) -> None:
+        def run(name: str, options: dict[str, Any]) -> None:
+            os.environ[SWITCH] = "1" if "graphs" in name else "0"
             for pair in FlowVideo(model, frames, num_flow_updates=updates, **options):  # noqa: B023
                 pair.flow.cpu()
 
         calls: dict[str, Callable[[], Any]] = {"torchvision tf32": run_peer}
-        calls |= {name: lambda options=options: run(options) for name, options in ways.items()}  # type: ignore[misc]
+        calls |= {name: lambda name=name, options=options: run(name, options) for name, options in ways.items()}  # type: ignore[misc]
         seconds = time_in_rounds(calls, 3, bench.device)
         for name, taken in seconds.items():
             rates = [(len(frames) - 1) / second for second in taken]

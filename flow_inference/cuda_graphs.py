@@ -1,7 +1,7 @@
 """Parts of the model as CUDA graphs: their kernels are recorded once for each size, and launched together.
 
 Flow of one pair leaves a GPU idle most of the time, while the host launches well over a thousand kernels one by one
-(docs/gpu.md). The kernels of a graph are the same, and so is the flow. A graph keeps the memory that its kernels use.
+(docs/gpu.md). The kernels of a graph are the same. A graph keeps the memory that its kernels use.
 """
 
 import os
@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 from modeling_raft import RaftForOpticalFlow
-from modeling_raft.correlation_raft import dense_bytes
+from modeling_raft.configuration_raft import DOWNSAMPLE_FACTOR
+from modeling_raft.correlation_raft import choose_implementation, dense_bytes
 
-SWITCH = "RAFT_CUDA_GRAPHS"  # environment variable; 0 leaves all this out
+SWITCH = "RAFT_CUDA_GRAPHS"  # environment variable: 1 turns graphs on
 MOST_GRAPHS = 8  # for a model; the one that was used longest ago is given up first
-MEMORY_SHARE = 16  # a volume of all pairs of more than 1 / 16 of the GPU's memory is not kept in a graph
+MOST_KEYS = 64  # of calls that are not recorded (yet) and remembered
+MEMORY_SHARE = 16  # frames whose volume of all pairs takes more than 1 / 16 of the GPU's memory are not recorded
 
 Part = Callable[..., tuple[Tensor, ...]]
+_capture_lock = Lock()  # a capture forbids others in the process
 
 
-@dataclass
+@dataclass(eq=False)
 class _Recording:
     inputs: list[Tensor]
     graph: Any
@@ -42,8 +45,8 @@ class GraphRecorder:
     """Runs parts of a model, and records what is run more than once with the same shapes and settings."""
 
     def __init__(self) -> None:
-        self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
-        self._failed: set[Any] = set()
+        self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
+        self._seen: OrderedDict[Any, bool] = OrderedDict()  # key -> whether it may be recorded
         self._lock = Lock()  # threads may share a model; a replay reads and writes the same memory as the one before
 
     def run(self, model: RaftForOpticalFlow, name: str, part: Part, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -52,62 +55,106 @@ class GraphRecorder:
         Args:
             model: Whose weights the part reads.
             name: Of the part with all that it depends on but the tensors and the precision.
-            part: Neither reads from the device nor chooses by what is there.
+            part: Neither reads from the device, nor copies from the host, nor chooses by what is there.
             tensors: On the model's device.
         """
         key = (name, tuple((tensor.shape, tensor.dtype) for tensor in tensors), _settings(model))
         with self._lock:
-            if key in self._failed or key not in self._recordings:
-                self._recordings.setdefault(key, None)  # recorded when it is asked for again; libraries are warm then
-                self._make_room()
-                return part(*tensors)
-            self._recordings.move_to_end(key)
-            recording = self._recordings[key]
-            if recording is None:
-                try:
-                    recording = self._recordings[key] = _record(part, tensors)
-                except RuntimeError:  # what cannot be recorded, or no memory for it
-                    self._failed.add(key)
-                    return part(*tensors)
-            return recording.replay(tensors)
+            if key in self._recordings:
+                self._recordings.move_to_end(key)
+                return self._recordings[key].replay(tensors)
+            if self._seen.get(key):  # asked for again, and libraries are warm by now
+                recording = _try_to_record(part, tensors)
+                if recording is not None:
+                    self._recordings[key] = recording
+                    _drop_oldest(self._recordings, MOST_GRAPHS)
+                    return recording.replay(tensors)
+            self._seen[key] = key not in self._seen
+            _drop_oldest(self._seen, MOST_KEYS)
+            return self._run_unrecorded(part, tensors)
 
-    def _make_room(self) -> None:
-        while len(self._recordings) > MOST_GRAPHS:
-            self._recordings.popitem(last=False)
+    def _run_unrecorded(self, part: Part, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run a part as it is; where memory runs out, once more without the graphs, which keep theirs."""
+        try:
+            return part(*tensors)
+        except torch.OutOfMemoryError:
+            if not self._recordings:
+                raise
+        self._recordings.clear()
+        torch.cuda.empty_cache()
+        return part(*tensors)
 
 
 _recorders: WeakKeyDictionary[RaftForOpticalFlow, GraphRecorder] = WeakKeyDictionary()
 
 
-def recorder_of(model: RaftForOpticalFlow) -> GraphRecorder | None:
-    """Return what records the parts of a model; None where that is not possible, or not wanted."""
-    whole = model.update_block._compiled_call_impl is None and getattr(model, "hf_device_map", None) is None
-    if model.device.type != "cuda" or not whole or os.environ.get(SWITCH) == "0":
+def recorder_of(model: RaftForOpticalFlow, batch: int, height: int, width: int) -> GraphRecorder | None:
+    """Return what records the parts of a model for frames of a size.
+
+    None where it is not asked for (`RAFT_CUDA_GRAPHS=1`) or not possible: on other devices, with compiled or offloaded
+    modules, for large frames, and where not all pairs are correlated.
+
+    Args:
+        model: In eval mode.
+        batch: Frames or pairs.
+        height: Of the padded frames, pixels.
+        width: Of the padded frames, pixels.
+    """
+    if os.environ.get(SWITCH) != "1" or model.device.type != "cuda":
         return None
-    return _recorders.setdefault(model, GraphRecorder())
-
-
-def can_record_updates(model: RaftForOpticalFlow, features: Tensor) -> bool:
-    """Whether updates from features `(B, C, h, w)` can be recorded: all pairs are correlated, in little memory."""
-    total = torch.cuda.get_device_properties(features.device).total_memory
-    needed = dense_bytes(features, model.config.corr_levels, trains=False)
-    return model.config.correlation != "on_demand" and needed <= total / MEMORY_SHARE
+    if model.update_block._compiled_call_impl is not None or getattr(model, "hf_device_map", None) is not None:
+        return None
+    height, width, config = height // DOWNSAMPLE_FACTOR, width // DOWNSAMPLE_FACTOR, model.config
+    features = torch.empty(1, device=model.device).expand(batch, config.feature_dim, height, width)
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    if dense_bytes(features, config.corr_levels, trains=False) > total / MEMORY_SHARE:
+        return None
+    kind = config.correlation
+    if kind == "auto":
+        kind = choose_implementation(features, features, config.corr_levels)
+    return _recorders.setdefault(model, GraphRecorder()) if kind == "dense" else None
 
 
 def _settings(model: RaftForOpticalFlow) -> tuple[Any, ...]:
-    """All else that a recording depends on: weights where they are, precision, algorithms, the stream in use."""
+    """All else that a recording depends on: precision, algorithms, modes, the stream in use, and where weights are."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    flags = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
-    weights = tuple(tensor.data_ptr() for tensor in model.parameters())
-    return precision, *flags, torch.cuda.current_stream(model.device).stream_id, weights
+    flags = (
+        matmul.fp32_precision,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # missing in torch's annotations
+        cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+        model.training,
+    )
+    weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    return precision, flags, torch.cuda.current_stream(model.device).stream_id, weights
+
+
+def _try_to_record(part: Part, tensors: tuple[Tensor, ...]) -> _Recording | None:
+    """Record a part; None where that fails, for lack of memory above all."""
+    try:
+        with _capture_lock:
+            return _record(part, tensors)
+    except RuntimeError:
+        return None
 
 
 def _record(part: Part, tensors: tuple[Tensor, ...]) -> _Recording:
-    inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+    inputs, graph, device = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph(), tensors[0].device
     torch.clear_autocast_cache()  # casts of weights belong into the graph, as weights may change
-    # Other threads go on using the GPU: those that write results.
-    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = part(*inputs)
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)  # torch's own would be that of the first device
+        # Left in any case, also where the capture fails. Other threads go on using the GPU: those that write results.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            outputs = part(*inputs)
     torch.clear_autocast_cache()  # and are not to be used outside of it
     return _Recording(inputs, graph, outputs)
+
+
+def _drop_oldest(entries: OrderedDict[Any, Any], most: int) -> None:
+    while len(entries) > most:
+        entries.popitem(last=False)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow_data.out_of_memory import attempt
-from flow_inference.cuda_graphs import Part, can_record_updates, recorder_of
+from flow_inference.cuda_graphs import Part, recorder_of
 from flow_inference.devices import autocast
 from modeling_raft import RaftForOpticalFlow, RaftImageProcessor
 from modeling_raft.configuration_raft import DOWNSAMPLE_FACTOR
@@ -58,6 +58,8 @@ class InputPadder:
         self.size = (height, width)
         self.resized = _resized(height, width, max_side, min_side)
         self.padding = image_padding(*self.resized, RaftImageProcessor.height_padding, smallest)
+        left, right, top, bottom = self.padding
+        self.padded_size = (self.resized[0] + top + bottom, self.resized[1] + left + right)
 
     def pad(self, frame: np.ndarray, device: torch.device) -> Tensor:
         """Make a frame the input of the model.
@@ -172,7 +174,6 @@ class FlowEstimator:
             raise ValueError("the model is in training mode; call model.eval() first")
         autocast(model.device, mixed_precision)  # raises now what is wrong with it
         self.model, self.mixed_precision = model, mixed_precision
-        self.recorder = recorder_of(model)
         smallest = max(RaftImageProcessor.min_size, model.config.min_image_size)
         self.padder = InputPadder(height, width, max_side, min_side, smallest)
 
@@ -241,8 +242,8 @@ class FlowEstimator:
                 torch.cat([context for _, context in states]),
             )
             counts = [num_flow_updates] * len(pairs)
-            if tolerance is None and self.recorder is not None and can_record_updates(self.model, encodings[0]):
-                start = () if initial_flow is None else (initial_flow,)
+            if tolerance is None and recorder_of(self.model, len(pairs), height, width) is not None:
+                start = () if initial_flow is None else (initial_flow.to(self.model.device),)
                 update = partial(self._update, num_flow_updates)
                 flow, low_res_flow = self._run(f"{num_flow_updates} updates", update, *encodings, *start)
             else:
@@ -253,9 +254,8 @@ class FlowEstimator:
 
     def _run(self, name: str, part: Part, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run a part of the model, as a CUDA graph where there can be one."""
-        if self.recorder is None:
-            return part(*tensors)
-        return self.recorder.run(self.model, name, part, *tensors)
+        recorder = recorder_of(self.model, len(tensors[0]), *self.padder.padded_size)
+        return part(*tensors) if recorder is None else recorder.run(self.model, name, part, *tensors)
 
     def _encode_features(self, pixels: Tensor) -> tuple[Tensor]:
         return (self.model.encode_features(pixels),)

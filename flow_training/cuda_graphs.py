@@ -1,7 +1,7 @@
 """The training step as a CUDA graph: its kernels are recorded once, and launched together in each step.
 
 Small batches leave a GPU idle while the host launches thousands of kernels one by one (docs/gpu.md). The kernels are
-those of a step without a graph.
+those of a step without a graph, with `correlation="dense"`.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def record_training(
     batch, height, width = batch_shape
     pixel_values = torch.zeros(batch, 2, 3, height, width, device=device)
     labels, valid = pixel_values[:, 0, :2].clone(), pixel_values[:, 0, 0] == 0
-    with autocast:
+    with torch.cuda.device(device), autocast:
         recorded = _record(_TrainingPass(model, eager, num_flow_updates), (pixel_values, labels, valid))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -79,8 +79,9 @@ def _fresh_casts() -> Iterator[None]:
 
 
 def _record(step: _TrainingPass, example: tuple[Tensor, Tensor, Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    buffers = {name: buffer.clone() for name, buffer in step.named_buffers()}  # the passes before it change these
-    config, caches = step.model.config, torch.is_autocast_cache_enabled()
+    device, config, caches = example[0].device, step.model.config, torch.is_autocast_cache_enabled()
+    # Passes are run before the recording, which change these.
+    buffers, random_state = [buffer.clone() for buffer in step.buffers()], torch.cuda.get_rng_state(device)
     correlation, config.correlation = config.correlation, "dense"  # `auto` asks for free memory, `on_demand` waits
     torch.set_autocast_cache_enabled(False)  # asked for by torch; `_fresh_casts` takes care of it
     try:
@@ -88,6 +89,7 @@ def _record(step: _TrainingPass, example: tuple[Tensor, Tensor, Tensor]) -> Call
     finally:
         torch.set_autocast_cache_enabled(caches)
         config.correlation = correlation
-    for name, buffer in step.named_buffers():
-        buffer.copy_(buffers[name])
+        for buffer, before in zip(step.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        torch.cuda.set_rng_state(random_state, device)
     return recorded  # type: ignore[return-value]

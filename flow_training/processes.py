@@ -92,11 +92,14 @@ def check_cuda_graphs(accelerator: Accelerator, config: TrainingConfig) -> None:
     """Refuse what steps cannot be recorded with.
 
     Raises:
-        ValueError: The device is no CUDA GPU, there are several processes, a step has several passes or is in fp16, or
-            it is to be compiled as well.
+        ValueError: The device is no CUDA GPU, there are several processes, a step has several passes or is in fp16,
+            the objective is another than the supervised one, or the step is to be compiled or recomputed as well.
     """
-    if config.compile:
-        raise ValueError("cuda_graphs must be off with compile; got both")
+    if config.compile or config.gradient_checkpointing:
+        other = "compile" if config.compile else "gradient_checkpointing"
+        raise ValueError(f"cuda_graphs must be off with {other}; got both")
+    if config.objective != "supervised":
+        raise ValueError(f"objective must be supervised with cuda_graphs; got {config.objective}")
     if accelerator.mixed_precision == "fp16":  # a run with skipped steps has not been shown to be that without graphs
         raise ValueError("mixed_precision must be no or bf16 with cuda_graphs; got fp16")
     if accelerator.device.type != "cuda":

@@ -238,7 +238,6 @@ class DenseCorrelation:
     """
 
     def __init__(self, fmap1: Tensor, fmap2: Tensor, num_levels: int, radius: int):
-        self.radius = radius
         dtype = torch.promote_types(fmap1.dtype, torch.float32)
         with torch.autocast(fmap1.device.type, enabled=False):
             # Features are scaled rather than products, of which there are h * w times as many.

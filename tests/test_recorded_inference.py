@@ -1,12 +1,14 @@
 """Parts of the model as CUDA graphs, with a stand-in for graphs that runs on a CPU (tests/gpu has real ones)."""
 
-import numpy as np
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from moving_shapes import moving_shapes
 
 from flow_inference import FlowVideo, cuda_graphs, pretrained_path
-from flow_inference.cuda_graphs import MOST_GRAPHS, GraphRecorder, recorder_of
+from flow_inference.cuda_graphs import MOST_GRAPHS, SWITCH, GraphRecorder, recorder_of
 from modeling_raft.convert_raft_checkpoint import load_raft
 
 
@@ -49,8 +51,7 @@ def test_a_video_has_the_same_flow(options, model, recorded, monkeypatch):
     options = options | {"mixed_precision": "no", "num_flow_updates": 3, "warm_num_flow_updates": 2}
     expected = [pair.flow for pair in FlowVideo(model, frames, **options)]
     recorder = GraphRecorder()
-    monkeypatch.setattr("flow_inference.estimator.recorder_of", lambda _: recorder)
-    monkeypatch.setattr("flow_inference.estimator.can_record_updates", lambda *_: True)
+    monkeypatch.setattr("flow_inference.estimator.recorder_of", lambda *_: recorder)
     ours = [pair.flow for pair in FlowVideo(model, frames, **options)]
     for flow, other in zip(ours, expected, strict=True):
         assert torch.equal(flow, other)
@@ -102,7 +103,64 @@ def test_what_cannot_be_recorded_runs_as_it_is(model, monkeypatch):
     assert len(attempts) == 1
 
 
-def test_there_is_none_on_a_cpu(model):
-    assert recorder_of(model) is None
-    video = FlowVideo(model, [np.zeros((64, 64, 3), np.uint8)] * 2)
-    assert video.new_estimator(64, 64).recorder is None
+def test_graphs_give_way_where_memory_runs_out(model, recorded):
+    recorder = GraphRecorder()
+    for _ in range(2):
+        recorder.run(model, "small", lambda tensor: (tensor + 1,), torch.zeros(3))
+    assert recorder._recordings
+
+    def large(tensor):
+        if recorder._recordings:
+            raise torch.OutOfMemoryError("graphs have the memory")
+        return (tensor + 2,)
+
+    (result,) = recorder.run(model, "large", large, torch.zeros(3))
+    assert result.tolist() == [2, 2, 2] and not recorder._recordings
+
+    def too_large(tensor):
+        raise torch.OutOfMemoryError("there is not enough")
+
+    with pytest.raises(torch.OutOfMemoryError, match="not enough"):
+        recorder.run(model, "too large", too_large, torch.zeros(3))
+
+
+def test_there_is_none_on_a_cpu(model, monkeypatch):
+    monkeypatch.setenv(SWITCH, "1")
+    assert recorder_of(model, 1, 64, 64) is None
+
+
+def test_graphs_are_asked_for_and_need_room_and_dense_correlation(model, monkeypatch):
+    class OnGpu:
+        """A model on a GPU, as far as it is asked."""
+
+        device, update_block = torch.device("cuda"), SimpleNamespace(_compiled_call_impl=None)
+        config = SimpleNamespace(feature_dim=128, corr_levels=4, correlation="auto")
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16e9))
+    monkeypatch.setattr(cuda_graphs, "choose_implementation", lambda *_: chosen)
+    chosen, gpu = "dense", OnGpu()
+    assert recorder_of(gpu, 1, 440, 1024) is None  # not asked for
+    monkeypatch.setenv(SWITCH, "1")
+    assert recorder_of(gpu, 1, 440, 1024) is recorder_of(gpu, 2, 440, 1024) is not None
+    assert recorder_of(gpu, 8, 440, 1024) is None and recorder_of(gpu, 1, 1088, 1920) is None  # 2.1 and 5.7 GB
+    chosen = "on_demand"
+    assert recorder_of(gpu, 1, 440, 1024) is None
+    gpu.config = SimpleNamespace(feature_dim=128, corr_levels=4, correlation="dense")
+    assert recorder_of(gpu, 1, 440, 1024) is not None
+    gpu.update_block = SimpleNamespace(_compiled_call_impl=len)
+    assert recorder_of(gpu, 1, 440, 1024) is None
+
+
+def test_a_recording_is_of_precision_modes_and_weights(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(stream_id=0))
+    seen = {cuda_graphs._settings(model)}
+    with torch.inference_mode():
+        seen.add(cuda_graphs._settings(model))
+    with torch.backends.cudnn.flags(deterministic=True):
+        seen.add(cuda_graphs._settings(model))
+    before, torch.backends.cuda.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision, "tf32"
+    seen.add(cuda_graphs._settings(model))
+    torch.backends.cuda.matmul.fp32_precision = before
+    seen.add(cuda_graphs._settings(copy.deepcopy(model)))
+    assert len(seen) == 5

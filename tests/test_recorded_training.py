@@ -1,5 +1,6 @@
 """`--cuda_graphs` without a GPU: recording is left out, all around it is as it is (tests/gpu has the real thing)."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,9 @@ def replays(monkeypatch):
         return replay
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: torch.set_rng_state(state))
     monkeypatch.setattr(train_flow, "check_cuda_graphs", lambda accelerator, config: None)
     yield calls
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -61,6 +65,7 @@ def test_a_recorded_run_is_the_run(precision, replays, tmp_path):
     [
         ((), {}, "cuda_graphs needs a CUDA GPU; got the device cpu"),
         (("--compile",), {}, "cuda_graphs must be off with compile; got both"),
+        (("--gradient_checkpointing",), {}, "cuda_graphs must be off with gradient_checkpointing; got both"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(switches, settings, message, tmp_path):
