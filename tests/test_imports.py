@@ -43,6 +43,8 @@ def imported_packages(code: str) -> set[str]:
         "predict_flow.main(['a.png', 'b.png', '--output', 'flow.flo'])",
         "evaluate_flow.main(['--dataset', 'synthetic'])",
         "app.build_page = lambda args: __import__('torch'); app.main([])",
+        "runpy.sys.argv[1:] = ['--output_dir=run', '--train_mix={synthetic: 1}']; "
+        "runpy.run_path('train_flow.py', run_name='__main__')",
     ],
 )
 def test_waiting_threads_are_set_up_before_torch_is_imported(call, given):
