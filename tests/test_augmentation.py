@@ -341,6 +341,7 @@ def test_zoom_leaves_room_for_the_crop(draw, slack):
     assert (small[:, 0] == 300 + slack).all()
 
 
+@pytest.mark.slow
 def test_flips_follow_the_recipe():
     def flips(draw, **kwargs):
         rng = np.random.default_rng(0)
@@ -498,6 +499,7 @@ def test_adjustments_do_not_change_what_they_are_given():
         np.testing.assert_array_equal(probe.reshape(image.shape), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_the_probe_stands_for_the_frame(seed):
     """Its mean is the frame's within four standard errors, before and after any adjustments."""
@@ -515,6 +517,7 @@ def test_the_probe_stands_for_the_frame(seed):
             assert (error < tolerance).all() and error.max() < 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apply", APPLIERS)
 @pytest.mark.parametrize("seed", range(6))
 def test_augmented_samples_are_those_of_the_plain_way(apply, seed):
@@ -560,6 +563,7 @@ def test_the_generator_alone_decides(augment):
 # ---- real data ----
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "KITTI").is_dir(), reason="the sample data are not beside the project")
 def test_kitti_ground_truth_is_only_moved_and_scaled():
     flow, valid = read_flow(DATA / "KITTI/training/flow_occ/000010_10.png")

@@ -115,6 +115,7 @@ def results(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_the_report_replaces_what_is_between_the_markers_and_nothing_else(results, tmp_path):
     page = tmp_path / "speed.md"
     before, after = "# Title\n\n| a |\n|---|\n\n", "\n\n## Files é\n"
@@ -323,6 +324,7 @@ def test_sparsification_of_known_errors():
     assert bench_confidence.sparsify(error, unsure)["by confidence"][2] == pytest.approx(450.5)
 
 
+@pytest.mark.slow
 def test_confidence_and_tolerance_of_real_pairs_are_tabled(tmp_path, capsys):
     write_pairs("flying_chairs", tmp_path, (128, 160), 2)
     RaftForOpticalFlow(RaftConfig.small()).save_pretrained(tmp_path / "model")
@@ -370,6 +372,7 @@ def stage(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_released_weights_have_a_card_and_no_code(stage, tmp_path):
     write_pairs("flying_chairs", tmp_path, (128, 160), 1)
     run, output = stage(), tmp_path / "released"

@@ -405,6 +405,7 @@ def test_an_archive_says_what_it_holds(model, inputs, tmp_path):
 # ---- Interruptions, processes, pieces ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["flo", "h5"])
 def test_a_run_that_is_stopped_goes_on_to_the_same_outputs(model, inputs, tmp_path, format):
     options = CollectionOptions(**UPDATES, format=format)
@@ -470,6 +471,7 @@ def test_what_cannot_be_opened_fails_before_anything_is_computed(model, inputs, 
     assert [failure["output"] for failure in report.failed] == ["empty"] and report.stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["flo", "h5"])
 def test_pieces_without_a_warm_start_equal_the_whole(model, inputs, tmp_path, format):
     options = {"num_flow_updates": 2, "mixed_precision": "no", "warm_start": False, "format": format}

@@ -46,6 +46,7 @@ def test_a_compiled_run_is_the_run(tmp_path, monkeypatch):
             assert ours[name] == pytest.approx(expected[name], rel=0.02), name
 
 
+@pytest.mark.slow
 def test_compiled_predictions_are_the_predictions(tmp_path, monkeypatch):
     torch.manual_seed(0)
     RaftForOpticalFlow(tiny_config()).save_pretrained(tmp_path / "model")

@@ -323,6 +323,7 @@ def test_weights_that_are_no_numbers_are_refused(value, small, tmp_path):
         load_raft(tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_our_own_files_load_like_their_folder(tmp_path):
     model = RaftForOpticalFlow(tiny_config(dropout=0.25)).eval()
     folder = tmp_path / "folder"

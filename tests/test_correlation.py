@@ -81,6 +81,7 @@ def with_gradients(run, fmap1, fmap2, *args):
     return windows.detach(), *torch.autograd.grad((weights * windows).sum(), [fmap1, fmap2])
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(("radius", "spread"), [(3, 5), (4, 5), (4, 80), (0, 5)])  # at 80, most leave the grid
 def test_lookups_and_their_gradients_are_torchvisions(Correlation, radius, spread):
@@ -202,6 +203,7 @@ def largest_tensor(Correlation, height: int, width: int) -> int:
     return largest.elements
 
 
+@pytest.mark.slow
 def test_memory_on_demand_grows_with_the_pixels():
     torch.manual_seed(0)
     for height, width in ((32, 48), (64, 96), (96, 144)):

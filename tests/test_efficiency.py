@@ -13,6 +13,7 @@ from modeling_raft.modeling_raft import EncoderConv, InstanceNorm
 WAITS_FOR_DEVICE = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "lift_fresh")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_peer", [raft_large, raft_small])
 @pytest.mark.parametrize("correlation", ["dense", "on_demand"])
 def test_loss_and_gradients_are_torchvisions(make_peer, correlation):

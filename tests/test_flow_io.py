@@ -663,6 +663,7 @@ def test_text_chunks_and_gamma_change_nothing():
 
 
 # Spring's own files have checksums of the data only, so damage of what locates the data is left to luck and checks.
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "original"), [*EXAMPLES.items(), (".flo5", SPRING)])
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())

@@ -174,6 +174,7 @@ def expected_flow(model, frames) -> torch.Tensor:
     return flow[:, padding[2] : padding[2] + HEIGHT, padding[0] : padding[0] + WIDTH]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_has_one_flow_everywhere(kind, entry_points, folder, model, tmp_path):
     suffix, files, frames = KINDS[kind]
@@ -569,6 +570,7 @@ def test_opencv_is_asked_for_by_name(monkeypatch):
     assert read_frame(KINDS["png"][1][0], "frame 1").dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_field_files_have_the_flow_of_their_pair(sample_weights, tmp_path):
     """The kinds of files that people have, as another program made them."""
     field = sample_weights.parent / "field"

@@ -392,6 +392,7 @@ def test_decoding_disabled_rows_make_the_same_samples(tmp_path):
             np.testing.assert_array_equal(array, expected)
 
 
+@pytest.mark.slow
 def test_decoding_disabled_leaves_drawn_rows_alone():
     rows = synthetic(SyntheticOptions(image_size=(32, 48)), num_pairs=2)
     assert disable_image_decoding(rows) is rows

@@ -56,6 +56,7 @@ def test_the_model_needs_torch_and_transformers_only():
         assert imported(path) <= allowed | optional, path
 
 
+@pytest.mark.slow
 def test_few_files_know_accelerate():
     files = [path for package in PACKAGES for path in (PROJECT / package).rglob("*.py")] + list(PROJECT.glob("*.py"))
     assert {path.name for path in files if "accelerate" in imported(path)} <= KNOW_ACCELERATE

@@ -104,6 +104,7 @@ def used(request) -> UsedOperators:
     return used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["MPS", "XPU"])
 def test_every_operator_has_a_kernel(used, device, operators):
     assert len(used.names) > 40

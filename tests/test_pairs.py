@@ -223,6 +223,7 @@ CELLS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.one_of(st.lists(CELLS, max_size=30).map("".join), st.text(max_size=200)), st.sampled_from(["csv", "jsonl"]))
 def test_any_other_text_is_refused_as_a_table(tmp_path, text, suffix):

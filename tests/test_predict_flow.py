@@ -82,6 +82,7 @@ def test_a_png_is_a_color_image(job, capsys):
     assert f"1 pair, mean length {length.mean():.2f} px, longest {length.max():.2f} px" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_backward_and_occlusion_lie_beside_the_flow(job):
     folder, arguments, _ = job
     predict_flow.main([*arguments, "--output", str(folder / "out.flo"), "--backward", "--occlusion"])

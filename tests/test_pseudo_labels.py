@@ -211,6 +211,7 @@ def test_labels_are_a_source_of_dense_pairs(model, clip_folder, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_an_interrupted_labelling_resumes_and_repeats_nothing(model, clip_folder, tmp_path, monkeypatch):
     clips = open_clips([str(clip_folder)])
     make_labels(model, "t", clips, tmp_path / "whole", num_flow_updates=1)
@@ -280,6 +281,7 @@ def test_footage_without_a_label_is_refused(model, clip_folder, tmp_path, monkey
     assert not (tmp_path / "out" / "pairs.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_command_labels_a_pair_with_the_shipped_weights(tmp_path, capsys):
     frames = [str(PROJECT / f"examples/frames/frame_000{number}.png") for number in (1, 2)]
     main([*frames, "--output", str(tmp_path / "out"), "--num_flow_updates", "2"])

@@ -45,6 +45,7 @@ def recorded(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"warm_start": False}, {}, {"warm_start": False, "batch_size": 2}])
 def test_a_video_has_the_same_flow(options, model, recorded, monkeypatch):
     frames = moving_shapes(6, 136, 150, [(2, 1), (-4, 2)]).frames

@@ -74,6 +74,7 @@ def test_order_depends_on_seed_and_epoch_only():
     assert order(2, 0, 35) != run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_samples_do_not_depend_on_workers(num_workers):
     pairs = mix(shift, noise_batch_size=4)
@@ -130,6 +131,7 @@ def test_workers_have_one_thread(start):
     assert (cv2.getNumThreads(), torch.get_num_threads()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [augment_dense, augment_sparse])
 def test_nothing_grows_with_the_number_of_samples(augment):
     """No decoded frame and no table is kept: after the first samples, memory is what it was."""

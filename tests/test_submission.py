@@ -112,6 +112,7 @@ def quick(monkeypatch) -> list[int]:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_files_are_named_as_published_and_hold_the_prediction(name, model_dir, tmp_path, capsys, quick):
     make_tests(tmp_path)

@@ -179,6 +179,7 @@ def test_what_leaves_the_frame_is_occluded():
     np.testing.assert_array_equal(find_occlusion(flow, masks1.label, masks2.label), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [draw_layered, draw_ego_motion])
 def test_occlusion_is_where_something_nearer_lands(draw):
     """Frame 1 splatted into frame 2: where a pixel of a nearer layer lands on a pixel, it is occluded."""
@@ -267,6 +268,7 @@ def test_mean_displacement_is_as_drawn(ego_motion):
     assert np.median(lengths) == pytest.approx(5, rel=0.03) and max(lengths) < 5.5
 
 
+@pytest.mark.slow
 def test_mean_displacement_is_log_uniform():
     options = SyntheticOptions(image_size=(40, 40), displacement=(0.5, 4.0), shapes=(0, 1), appearance=0)
     logs = np.log2([mean_length(render(options, index)) / 0.5 for index in range(250)]) / 3
@@ -520,6 +522,7 @@ def test_motion_blur_is_along_the_motion_and_as_long():
 # ---- reproducibility ----
 
 
+@pytest.mark.slow
 def test_other_seeds_indices_and_splits_give_other_pairs():
     keys = [
         (0, 0, "validation"),
@@ -534,6 +537,7 @@ def test_other_seeds_indices_and_splits_give_other_pairs():
     assert fingerprint(render_pair(SMALL, *keys[0])) == fingerprint(pairs[0])
 
 
+@pytest.mark.slow
 def test_a_pair_does_not_depend_on_those_drawn_before():
     program = (
         "import sys; sys.path.insert(0, 'tests')\n"
@@ -544,6 +548,7 @@ def test_a_pair_does_not_depend_on_those_drawn_before():
     assert result.stdout.decode().strip() == fingerprint(render(SMALL, 5))
 
 
+@pytest.mark.slow
 def test_a_pickled_dataset_gives_the_same_pairs_in_another_process():
     dataset = synthetic(SMALL, split="validation", seed=0, num_pairs=3)
     program = (
@@ -572,6 +577,7 @@ def test_dataset_items_are_drawn_on_access():
     assert list(dataset.select_columns("id")["id"])[999] == "validation/000999"
 
 
+@pytest.mark.slow
 def test_splits_share_no_pair():
     items = [synthetic(SMALL, split=split, seed=0, num_pairs=3)[:3] for split in ("training", "validation")]
     frames = [image.tobytes() for item in items for image in item["image1"]]

@@ -325,6 +325,7 @@ def load(folder):
     )
 
 
+@pytest.mark.slow
 def test_a_npy_file_gives_a_npy_file(job, capsys):
     main(command(job))
     smoothed, smoother = expected(job, "frames", np.load(job / "maps.npy"))
@@ -362,6 +363,7 @@ def test_mixed_precision_is_close(job):
     assert 0 < abs(written - smoothed).mean() < 0.1
 
 
+@pytest.mark.slow
 def test_phone_photos_are_smoothed_as_upright_ones(job):
     """Maps are upright; the frames lie on their side, and say so."""
     frames, tall = moving_shapes(6, 64, 80, VELOCITIES).frames, np.random.default_rng(1).random((6, 80, 64))
