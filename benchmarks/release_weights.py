@@ -77,8 +77,9 @@ None of them was trained on. So few pairs show where the weights stand; they are
 
 ## Limits
 
-These weights are less exact than the published ones, which were trained longer and on other data. Flow is estimated on
-a grid of 1/8 of the image: small fast objects may be lost. Where a pixel is hidden in frame 2, the flow is a guess.
+These weights are less exact than the published ones, which were trained longer and on other data, and in some columns
+of the table less exact than DIS, which needs no weights. Flow is estimated on a grid of 1/8 of the image: small fast
+objects may be lost. Where a pixel is hidden in frame 2, the flow is a guess.
 """
 
 

@@ -347,6 +347,19 @@ def test_frames_and_motion_grow_in_pretraining(monkeypatch):
         assert values == sorted(values, key=max) and max(values[0]) < max(values[-1])
 
 
+def test_pretraining_is_what_the_shipped_weights_were_trained_with(monkeypatch):
+    """Their last stage is the end of the one before, in smaller batches; the steps of both are one stage here."""
+    monkeypatch.chdir(PROJECT)
+    stages = read_curriculum(PROJECT / "configs/curriculum/pretrain_synthetic_small.yaml").stages
+    *trained, rest = json.loads(Path("pretrained/raft-small-synthetic/training_stages.json").read_text())
+    trained[-1]["steps"] += rest["steps"]
+    assert len(trained) == len(stages)
+    for stage, settings in zip(stages, trained, strict=True):
+        assert stage.config.max_train_steps == settings.pop("steps")
+        for name in settings.keys() - {"hours", "hardware"}:
+            assert getattr(stage.config, name) == settings[name], (stage.name, name)
+
+
 @pytest.mark.parametrize("name", ["standard", "mixed"])
 def test_two_curricula_are_the_stages_of_the_paper(name, monkeypatch):
     path = PROJECT / f"configs/curriculum/{name}.yaml"
