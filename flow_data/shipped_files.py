@@ -8,7 +8,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PROJECT_FILE = "setup.cfg"  # stands beside the packages in a checkout, and never in an installation
 DISTRIBUTION = "raft-flow-trainer"
 PRETRAINED = "pretrained/raft-small-synthetic"  # weights trained on synthetic pairs only
-SHARE = ("share", DISTRIBUTION)  # setup.cfg's data_files put everything below this folder of the environment
+FRAMES = "examples/frames"  # of an animation, made for this project
+SHARE = f"share/{DISTRIBUTION}"  # setup.cfg's data_files put everything below this folder of the environment
 
 
 def shipped_path(name: str) -> Path:
@@ -33,16 +34,18 @@ def shipped_path(name: str) -> Path:
 
 
 def _installed_root() -> Path | None:
-    """The folder of an installation's shared files, from pip's record of what it has installed where."""
+    """The folder of an installation's shared files, by pip's record of what it has installed where."""
     try:
-        files = importlib.metadata.files(DISTRIBUTION) or []
+        distribution = importlib.metadata.distribution(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        for depth, pair in enumerate(zip(reversed(file.parts[:-1]), reversed(file.parts[:-2]), strict=False)):
-            if pair == SHARE[::-1]:
-                # The record's `..` are taken out of the text, since folders of an environment may be symbolic links.
-                return Path(os.path.normpath(str(file.locate()))).parents[depth]
+        return None
+    for file in distribution.files or []:
+        before, found, _ = file.as_posix().partition(f"{SHARE}/")
+        if found:
+            # The record's `..` are taken out of the text, since folders of an environment may be symbolic links. After
+            # `pip install --target` they are wrong, and the folder stands beside the packages.
+            recorded, beside = (os.path.normpath(str(distribution.locate_file(at + SHARE))) for at in (before, ""))
+            return Path(recorded if os.path.isdir(recorded) else beside)
     return None
 
 
@@ -68,9 +71,16 @@ def find_model(name: str | None) -> str:
     Raises:
         FileNotFoundError: The shipped weights are wanted and cannot be found.
     """
-    if name is None or (name == PRETRAINED and not os.path.exists(name)):
-        return str(pretrained_path())
-    return name
+    return str(pretrained_path()) if name is None else find_shipped(name)
+
+
+def find_shipped(name: str) -> str:
+    """Find the shipped weights or frames by their names in a checkout, wherever one is; other names stay as they are.
+
+    Raises:
+        FileNotFoundError: As from `shipped_path`.
+    """
+    return str(shipped_path(name)) if name in (PRETRAINED, FRAMES) and not os.path.exists(name) else name
 
 
 def find_config(name: str, folder: str = "configs") -> Path:

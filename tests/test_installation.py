@@ -54,15 +54,19 @@ def test_shipped_files_travel_with_an_installation(installation):
         "configs",
         *(str(path.relative_to(PROJECT)) for path in PROJECT.glob("configs/**/*.yaml")),
         *(str(path.relative_to(PROJECT)) for path in PROJECT.glob("pretrained/*/*")),
+        *(str(path.relative_to(PROJECT)) for path in PROJECT.glob("examples/frames/*.png")),
     ]
     assert len(names) > 15
     printed = installation.run(
         "import flow_data.shipped_files as shipped\n"
         "print(shipped.__file__)\n"
         f"for name in {names!r}: print(shipped.shipped_path(name))\n"
+        "from flow_data.synthetic.textures import list_images\n"
+        "print(len(list_images('examples/frames')))\n"
         "print(shipped.find_config('chairs'))"
     ).splitlines()
-    module, *paths, chairs = printed
+    module, *paths, num_frames, chairs = printed
+    assert num_frames == "8"
     assert Path(module).is_relative_to(installation.prefix)
     for name, path in zip(names, map(Path, paths), strict=True):
         assert path == installation.prefix / "share/raft-flow-trainer" / name
@@ -124,6 +128,18 @@ def test_training_starts_from_an_installation_with_a_recipe_by_name(installation
     )
     assert result.returncode == 1, result.stderr
     assert "train_flow.py: error: " in result.stderr and "FlyingChairs_release" in result.stderr
+
+
+@pytest.mark.slow
+def test_files_beside_the_packages_are_found(installation):
+    """`pip install --target` moves the shared files there, and leaves its record as it was."""
+    beside = installation.packages / "share"
+    shutil.move(installation.prefix / "share", beside)
+    try:
+        printed = installation.run("from flow_data.shipped_files import pretrained_path; print(pretrained_path())")
+    finally:
+        shutil.move(beside, installation.prefix / "share")
+    assert Path(printed.strip()) == beside / "raft-flow-trainer/pretrained/raft-small-synthetic"
 
 
 @pytest.mark.slow
