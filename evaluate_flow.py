@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from flow_data.arguments import add_synthetic_flags, given_flags
+from flow_data.arguments import add_synthetic_flags, given_options, synthetic_options
 from flow_data.atomic_write import atomic_write
 from flow_data.datasets import DATASETS, SUBMISSIONS, Protocol, check_split, load_source
 from flow_data.flow_io import describe_loss
 from flow_data.optional_packages import MissingPackageError, needs_extra
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model
-from flow_data.synthetic import SyntheticOptions, synthetic
+from flow_data.synthetic import synthetic
 from flow_inference.cpu_threads import limit_spinning
 from flow_training.flags import nearest
 from flow_training.run_log import to_json
@@ -208,7 +208,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown dataset {args.dataset}{nearest(args.dataset, list(DATASETS))}")
     if args.dataset != "synthetic" and args.data_dir is None:
         parser.error(f"--data_dir is missing: the folder of {args.dataset}")
-    given = [*given_flags(args), *(["num_pairs"] if args.synthetic_num_pairs is not None else [])]
+    given = [*given_options(vars(args)), *(["num_pairs"] if args.synthetic_num_pairs is not None else [])]
     if given and args.dataset != "synthetic":
         parser.error(f"--synthetic_{given[0]} is for --dataset synthetic; {args.dataset} is read from files")
     if args.synthetic_num_pairs is None:
@@ -232,7 +232,7 @@ def open_dataset(args: argparse.Namespace, split: str):
 
     check_split(args.dataset, split)
     if args.dataset == "synthetic":
-        options = SyntheticOptions(textures=args.data_dir, **given_flags(args))
+        options = synthetic_options(vars(args), args.data_dir)
         dataset = synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
     else:
         dataset = disable_image_decoding(load_source(args.dataset, args.data_dir, split))

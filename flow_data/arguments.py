@@ -1,7 +1,7 @@
 """Command-line arguments that name a data set, and their checks: the same for every command that takes them."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -32,7 +32,7 @@ def check_source_arguments(
             check_split(args.source, args.split)
     except ValueError as error:
         parser.error(str(error))
-    given = given_flags(args)
+    given = given_options(vars(args))
     if given and args.source != "synthetic":
         parser.error(f"--synthetic_{next(iter(given))} is for the source synthetic; {args.source} is read from files")
     if args.data_dir is None and DATASETS[args.source].folder is not None:
@@ -55,9 +55,28 @@ def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--synthetic_ego_motion", type=float, help="share of pairs with a travelling camera")
 
 
-def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Options that were given as flags of `add_synthetic_flags`, by their names in `SyntheticOptions`."""
-    values = {field.name: getattr(args, f"synthetic_{field.name}", None) for field in fields(SyntheticOptions)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None
-    }
+def given_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of synthetic pairs among the values of flags, `synthetic_NAME`: those that are not None, by their names
+    in `SyntheticOptions`."""
+    options = {}
+    for field in fields(SyntheticOptions):
+        value = values.get(f"synthetic_{field.name}")
+        if value is not None:
+            options[field.name] = tuple(value) if isinstance(value, list) else value
+    return options
+
+
+def synthetic_options(values: Mapping[str, Any], textures: str | None = None) -> SyntheticOptions:
+    """Make the options of synthetic pairs from the values of flags.
+
+    Args:
+        values: As for `given_options`.
+        textures: Folder of images, where no flag gives it.
+
+    Raises:
+        ValueError: A value does not fit; the message begins with the name of its flag.
+    """
+    try:
+        return SyntheticOptions(**{"textures": textures} | given_options(values))
+    except ValueError as error:
+        raise ValueError(f"synthetic_{error}") from error

@@ -245,8 +245,8 @@ def _spring_path(id: str) -> str:
     return f"{scene}/flow_{view}/flow_{view}_{number}.flo5"
 
 
-# Protocols: princeton-vl/RAFT, evaluate.py; for what it does not evaluate, that of the most similar benchmark. Synthetic
-# pairs, of which small models learn in minutes, take as many updates as a model makes by default.
+# Protocols: princeton-vl/RAFT, evaluate.py; for what it does not evaluate, that of the most similar benchmark.
+# Synthetic pairs, of which small models learn in minutes, take as many updates as a model makes by default.
 SINTEL_PROTOCOL = Protocol(num_flow_updates=32, padding="split", split="training")
 KITTI_PROTOCOL = Protocol(num_flow_updates=24, padding="bottom", split="training")
 

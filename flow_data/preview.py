@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from flow_data.arguments import add_source_arguments, add_synthetic_flags, check_source_arguments, given_flags
+from flow_data.arguments import add_source_arguments, add_synthetic_flags, check_source_arguments, synthetic_options
 from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.datasets import DATASETS, is_sparse, load_source
 from flow_data.sample import FlowSample
-from flow_data.synthetic import SyntheticOptions, synthetic
+from flow_data.synthetic import synthetic
 
 # What needs torch or datasets is imported in the functions that use it, so that --help takes no time.
 CELL_HEIGHT = 128  # pixels of the contact sheet
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         split = args.split or DATASETS[args.source].training_split
         if args.source == "synthetic":
-            dataset = synthetic(SyntheticOptions(textures=args.data_dir, **given_flags(args)), split)
+            dataset = synthetic(synthetic_options(vars(args), args.data_dir), split)
         else:
             dataset = load_source(args.source, args.data_dir, split)
         rows = disable_image_decoding(dataset)

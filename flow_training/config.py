@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from flow_data.arguments import synthetic_options
 from flow_data.augmentation import MAX_ZOOM
 from flow_data.datasets import check_source, check_split
 from flow_data.synthetic import SyntheticOptions
@@ -21,11 +22,11 @@ logger = logging.getLogger(__name__)
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and whether it is
 ANYTHING: Rule = ("", lambda value: True)
 POSITIVE: Rule = ("positive and finite", lambda value: 0 < value < math.inf)
-SHARE: Rule = ("between 0 and 1", lambda value: 0 <= value <= 1)
 DECAY: Rule = ("between 0 and 1, 0.999 say", lambda value: 0 < value < 1)
-RANGE: Rule = ("a range, lowest first, of at least 0", lambda v: len(v) == 2 and 0 <= v[0] <= v[1] < math.inf)
-SIZE: Rule = ("a height and a width of at least 8", lambda value: len(value) == 2 and min(value) >= 8)
-CROP: Rule = ("a height and a width, multiples of 8", lambda v: SIZE[1](v) and not any(side % 8 for side in v))
+CROP: Rule = (
+    "a height and a width, multiples of 8",
+    lambda value: len(value) == 2 and all(side >= 8 and side % 8 == 0 for side in value),
+)
 
 
 def count(low: int, high: int = 10**9) -> Rule:
@@ -83,16 +84,15 @@ class TrainingConfig:
                                     changeable=True)  # it changes nothing before the pair at which the run stopped
     dataloader_num_workers: int = option(4, "Processes that prepare pairs, for each training process.", count(0),
                                          changeable=True)
-    synthetic_image_size: list[int] = option(list(_SYNTHETIC.image_size), "Height and width of synthetic pairs.",
-                                             SIZE)
+    synthetic_image_size: list[int] = option(list(_SYNTHETIC.image_size), "Height and width of synthetic pairs.")
     synthetic_displacement: list[float] = option(list(_SYNTHETIC.displacement), "Range of a synthetic pair's mean "
-                                                 "flow, pixels.", RANGE)
-    synthetic_shapes: list[int] = option(list(_SYNTHETIC.shapes), "Range of the number of moving shapes.", RANGE)
+                                                 "flow, pixels.")
+    synthetic_shapes: list[int] = option(list(_SYNTHETIC.shapes), "Range of the number of moving shapes.")
     synthetic_appearance: float = option(_SYNTHETIC.appearance, "Strength of changes of exposure, light, blur and "
-                                         "noise between frames, 0 to 1.", SHARE)
-    synthetic_nonrigid: float = option(_SYNTHETIC.nonrigid, "Probability that a layer deforms smoothly.", SHARE)
+                                         "noise between frames, 0 to 1.")
+    synthetic_nonrigid: float = option(_SYNTHETIC.nonrigid, "Probability that a layer deforms smoothly.")
     synthetic_ego_motion: float = option(_SYNTHETIC.ego_motion, "Share of synthetic pairs with a camera that travels "
-                                         "through a scene.", SHARE)
+                                         "through a scene.")
     synthetic_textures: str | None = option(None, "Folder of images to cut textures from; default: drawn ones.",
                                             path=True)
     synthetic_num_pairs: int = option(20000, "Different synthetic pairs in the training split.", count(1))
@@ -175,6 +175,7 @@ class TrainingConfig:
             logger.warning("training on %s; the train_mix %s is not used", self.dataset_name, dict(self.train_mix))
             self.train_mix = YamlMapping()
         self._check_sources()
+        self.synthetic_options()  # checks them
         if self.streaming and self.dataset_name is None:
             raise ValueError("streaming needs dataset_name; the sources of train_mix are read from their files anyway")
         if "none" in self.report_to and len(self.report_to) > 1:
@@ -245,11 +246,7 @@ class TrainingConfig:
 
     def synthetic_options(self) -> SyntheticOptions:
         """The settings of the synthetic source."""
-        options: dict[str, Any] = {}
-        for name in (field.name for field in dataclasses.fields(SyntheticOptions)):
-            value = getattr(self, f"synthetic_{name}")
-            options[name] = tuple(value) if isinstance(value, list) else value
-        return SyntheticOptions(**options)
+        return synthetic_options(vars(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Every value that makes the run, in types of YAML: without the token and what belongs to this start only."""

@@ -125,7 +125,11 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("data_root: ''", [], "data_root is empty"),
         ("zoom_range: [0, 6]", [], "zoom_range must be [lo, hi] in log2 with -5 <= lo <= hi <= 5"),
         ("", ["--train_mix", "{1: 2}"], "unknown source 1: did you mean"),
-        ("", ["--synthetic_displacement", "1", "inf"], "synthetic_displacement must be a range"),
+        (
+            "",
+            ["--synthetic_displacement", "1", "inf"],
+            "synthetic_displacement must be (lowest, highest) in px",
+        ),
         ("", ["--synthetic_num_pairs", "9" * 20], "synthetic_num_pairs must be from 1 to 1000000000"),
         ("synthetic_ego_motion: 1.5", [], "synthetic_ego_motion must be between 0 and 1; got 1.5"),
         ("", ["--seed", "4294967296"], "seed must be from 0 to 4294967295"),

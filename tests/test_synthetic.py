@@ -452,7 +452,7 @@ def test_an_image_of_one_pixel_is_enlarged(tmp_path):
 
 
 def test_images_are_found_in_natural_order(tmp_path):
-    for name in ["frame10.jpg", "frame9.png", "a/frame2.tif", "b.webp", "note.txt", "._frame1.png"]:
+    for name in ["frame10.jpg", "frame9.png", "a/frame2.tif", "b.webp", "note.txt", "._frame1.png", ".cache/a.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if not name.startswith(".") and not name.endswith("txt"):
             Image.new("RGB", (2, 2)).save(tmp_path / name)
@@ -465,6 +465,13 @@ def test_images_are_found_in_natural_order(tmp_path):
 def test_sixteen_bit_gray_is_not_clipped(tmp_path):
     cv2.imwrite(str(tmp_path / "deep.png"), np.full((4, 4), 30000, np.uint16))
     assert (read_image(str(tmp_path / "deep.png")) == 30000 >> 8).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_32_bit_images_are_refused_by_name(tmp_path, dtype):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="deep.tif must have 8 or 16 bits; got 32"):
+        read_image(str(tmp_path / "deep.tif"))
 
 
 # ---- appearance ----
@@ -609,10 +616,15 @@ def test_extremes_are_drawn(extreme):
     "wrong",
     [
         {"image_size": (16, 512)},
+        {"image_size": (64,)},
+        {"image_size": (64.5, 64)},
         {"displacement": (0.0, 2.0)},
+        {"displacement": (1.0, float("inf"))},
+        {"displacement": 2.0},
         {"displacement": (3.0, 2.0)},
         {"shapes": (5, 4)},
         {"shapes": (-1, 4)},
+        {"shapes": (1.5, 4)},
         {"appearance": 1.5},
         {"nonrigid": -0.1},
         {"ego_motion": float("nan")},
@@ -637,6 +649,9 @@ def test_bad_folders_images_and_splits_are_named(tmp_path):
         render_pair(SyntheticOptions(textures=str(tmp_path)), 0, 0)
     with pytest.raises(ValueError, match="training.*'test'"):
         synthetic(SMALL, split="test")
+    for wrong in ({"seed": -1}, {"num_pairs": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 0; got -1"):
+            synthetic(SMALL, **wrong)
 
 
 def test_a_window_lies_in_the_middle_of_its_shape():

@@ -10,9 +10,10 @@ Shapes: `H W` frame, `L` layers, the background first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,7 +42,8 @@ class SyntheticOptions:
     Attributes:
         image_size: (H, W), at least 32 px each.
         displacement: (lowest, highest) mean length of the flow vectors of a pair in pixels, drawn log-uniformly.
-            Single objects move much farther: up to a fifth of the frame's diagonal.
+            Single objects move much farther: up to a fifth of the frame's diagonal. A mean that the motions of
+            a scene cannot reach is lowered, above all where a camera travels through a scene.
         shapes: (fewest, most) foreground shapes.
         textures: Folder of images to cut textures from, searched recursively. None draws procedural textures.
         appearance: Strength, 0 to 1, of what differs between the frames but motion: exposure, light, blur, noise.
@@ -61,15 +63,23 @@ class SyntheticOptions:
     ego_motion: float = 0.2
 
     def __post_init__(self) -> None:
-        if min(self.image_size) < 32:
+        if not _is_pair(self.image_size, int) or min(self.image_size) < 32:
             raise ValueError(f"image_size must be (height, width) of at least 32 px each; got {self.image_size}")
-        if not 0 < self.displacement[0] <= self.displacement[1]:
-            raise ValueError(f"displacement must be (lowest, highest) in px, both above 0; got {self.displacement}")
-        if not 0 <= self.shapes[0] <= self.shapes[1]:
-            raise ValueError(f"shapes must be (fewest, most), not negative; got {self.shapes}")
+        if not _is_pair(self.displacement, float) or not 0 < self.displacement[0] <= self.displacement[1] < math.inf:
+            raise ValueError(
+                f"displacement must be (lowest, highest) in px, above 0 and finite; got {self.displacement}"
+            )
+        if not _is_pair(self.shapes, int) or not 0 <= self.shapes[0] <= self.shapes[1]:
+            raise ValueError(f"shapes must be (fewest, most), whole numbers of at least 0; got {self.shapes}")
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+
+
+def _is_pair(value: Any, kind: type) -> bool:
+    """Whether a value is two numbers of a kind; a whole number is a float, too."""
+    kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(number, kinds) for number in value)
 
 
 class SyntheticPair(NamedTuple):
@@ -99,9 +109,12 @@ def synthetic(options: SyntheticOptions, split: str = "training", seed: int = 0,
         `dataset["id"]` draws every pair, `dataset.select_columns("id")["id"]` does not.
 
     Raises:
-        ValueError: If the split is unknown or the folder of textures is missing or empty.
+        ValueError: If the split is unknown, the folder of textures is missing or empty, or a number is negative.
     """
     _stream(split)
+    for name, number in (("seed", seed), ("num_pairs", num_pairs)):
+        if number < 0:
+            raise ValueError(f"{name} must be at least 0; got {number}")
     if options.textures is not None:
         list_images(options.textures)
     records = {"id": [f"{split}/{i:06d}" for i in range(num_pairs)], "index": list(range(num_pairs))}

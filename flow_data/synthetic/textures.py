@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from flow_data.file_names import natural_order
+from flow_data.shipped_files import find_shipped
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 IMAGE_ZOOM = (0.7, 2.0)  # image pixels per frame pixel, where the image is large enough
@@ -386,15 +387,24 @@ def cut_from_image(rng: np.random.Generator, image: np.ndarray, size: tuple[floa
 
 @lru_cache(maxsize=8)
 def list_images(folder: str) -> tuple[str, ...]:
-    """The images below a folder, in natural order.
+    """The images below a folder, in natural order; hidden files and folders, such as thumbnails, are left out.
+
+    Args:
+        folder: A path, or `find_shipped`'s name of the shipped frames.
 
     Raises:
         ValueError: If there is no such folder or no image in it.
     """
+    root = Path(find_shipped(folder))
     expected = f"expected a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
-    if not Path(folder).is_dir():
+    if not root.is_dir():
         raise ValueError(f"textures: {folder} is not a folder; {expected}")
-    found = [p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
+    found = [
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
     if not found:
         raise ValueError(f"textures: no image in {folder}; {expected}")
     return tuple(sorted(map(str, found), key=natural_order))
@@ -409,8 +419,11 @@ def read_image(path: str) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray to white
+            sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+            if sixteen_bits:  # Pillow would clip 16-bit gray to white
                 return cv2.cvtColor((np.array(image) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+            if image.mode in ("I", "F"):  # would be clipped, too, and their range is anybody's guess
+                raise ValueError(f"textures: {path} must have 8 or 16 bits; got 32. Convert it.")
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"textures: {path} is not a readable image: {error}") from error
