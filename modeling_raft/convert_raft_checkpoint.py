@@ -173,6 +173,8 @@ def _check_folder(folder: Path) -> None:
         check_weight_file(path)
     files = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in WEIGHT_SUFFIXES]
     if files and not (folder / "config.json").is_file():
+        # Where there are both, as in a training's checkpoint, the others hold its state.
+        files = [name for name in files if name.endswith(".safetensors")] or files
         raise OSError(f"{folder} has no config.json: give a file of weights in it itself ({few(files)})")
 
 
