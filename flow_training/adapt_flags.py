@@ -7,7 +7,7 @@ from pathlib import Path
 from flow_data.shipped_files import PRETRAINED
 from flow_inference.pseudo_labels import DEVICE_HELP, add_label_flags
 from flow_training.config import TrainingConfig, parse_config
-from flow_training.flags import FlagParser, nearest
+from flow_training.flags import FlagParser, flag_name, nearest
 
 PROG = "flow_training.adapt"
 LABELS, TRAINED, HELD_OUT = "labels", "train.csv", "held_out.csv"  # folder, and tables in it
@@ -59,31 +59,21 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> tuple[arg
     flags: list[str] = []
     target = own  # what stands before the first flag is an input
     for word in argv:
-        if is_flag(word):
+        if flag_name(word) is not None:
             target = own if word.partition("=")[0] in known else flags
         target.append(word)
     args = parser.parse_args(own)
     names = [*known, *FlagParser(TrainingConfig, PROG)._option_string_actions]
-    for flag in (word.partition("=")[0] for word in flags if is_flag(word)):
+    for flag in (word.partition("=")[0] for word in flags if flag_name(word) is not None):
         if flag not in names:
             parser.error(f"unknown flag {flag}{nearest(flag, names)}")
     if not 0 <= args.mix_synthetic <= 0.9:
         parser.error(f"--mix_synthetic must be between 0 and 0.9; got {args.mix_synthetic:g}")
     if not args.max_guard_loss >= 0:
         parser.error(f"--max_guard_loss must be at least 0; got {args.max_guard_loss:g}")
-    for name in flag_names(flags) & SET_BY_ADAPT.keys():
+    for name in {flag_name(word) for word in flags} & SET_BY_ADAPT.keys():
         parser.error(f"--{name} cannot be given: {SET_BY_ADAPT[name]}")
     return args, flags
-
-
-def is_flag(word: str) -> bool:
-    """Whether a word of the command line is a flag, and not a text in quotes that begins with one."""
-    return word.startswith("--") and " " not in word.partition("=")[0]
-
-
-def flag_names(flags: Sequence[str]) -> set[str]:
-    """The names of flags, without their values."""
-    return {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in flags if is_flag(word)}
 
 
 def trainer_arguments(
@@ -103,7 +93,7 @@ def trainer_arguments(
             would be adapted to another scale than theirs.
         on_gpu: The training has a GPU.
     """
-    given = flag_names(flags)
+    given = {flag_name(word) for word in flags}
     arguments = ["--config", args.config, *flags]
     fixed = [
         *("--model_name_or_path", args.model or PRETRAINED, "--output_dir", str(args.output_dir)),

@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flow_data.out_of_memory import is_out_of_memory
 from flow_training.config import CHANGEABLE_ON_RESUME, FIELDS, TrainingConfig, without_token
+from flow_training.flags import find_flag
 from flow_training.flags import read_yaml
 from flow_training.metrics import ERROR_SUMS
 from flow_training.ops.launcher import RESUME_VARIABLE
@@ -313,11 +314,10 @@ def resume_command(argv: Sequence[str], output_dir: Path) -> str:
     if RESUME_VARIABLE in os.environ:
         return f"Resume with:  {os.environ[RESUME_VARIABLE]}"
     given = without_token(argv)
-    flag = "--resume_from_checkpoint"
-    if list_checkpoints(output_dir) or not any(word.startswith(flag) for word in given):
-        pairs = list(zip(["", *given], given, strict=False))
-        given = [word for before, word in pairs if before != flag and not word.startswith(flag)]
-        given += [flag, "auto"]
+    start = find_flag(given, "resume_from_checkpoint")
+    if list_checkpoints(output_dir) or not start:
+        given = [word for index, word in enumerate(given) if index not in start]
+        given += ["--resume_from_checkpoint", "auto"]
     return f"Resume with:  {shlex.join(['accelerate', 'launch', *_program(), *given])}"
 
 

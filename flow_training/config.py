@@ -16,7 +16,7 @@ from flow_data.arguments import synthetic_options
 from flow_data.augmentation import MAX_ZOOM
 from flow_data.datasets import check_source, check_split
 from flow_data.synthetic import SyntheticOptions
-from flow_training.flags import FlagParser, YamlMapping, YamlValue
+from flow_training.flags import FlagParser, YamlMapping, YamlValue, find_flag, flag_name
 
 logger = logging.getLogger(__name__)
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and whether it is
@@ -269,7 +269,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         SystemExit: Something is wrong; one line that names key and value has been printed.
     """
     parser = FlagParser(TrainingConfig, prog="train_flow.py")
-    return parser.parse(list(sys.argv[1:] if argv is None else argv), secret="--hub_token")
+    return parser.parse(list(sys.argv[1:] if argv is None else argv), secret="hub_token")
 
 
 def split_validation_set(entry: str) -> tuple[str, str | None]:
@@ -282,5 +282,11 @@ def split_validation_set(entry: str) -> tuple[str, str | None]:
 
 def without_token(argv: Sequence[str]) -> list[str]:
     """A command line that can be shown: the value of hub_token is hidden."""
-    hidden = ["TOKEN" if before == "--hub_token" else word for before, word in zip(["", *argv], argv, strict=False)]
-    return ["--hub_token=TOKEN" if word.startswith("--hub_token=") else word for word in hidden]
+    shown, hidden = list(argv), find_flag(argv, "hub_token")
+    for index in hidden & set(range(len(shown))):
+        flag, equals, _ = shown[index].partition("=")
+        if flag_name(flag) != "hub_token":
+            shown[index] = "TOKEN"
+        elif equals:
+            shown[index] = f"{flag}=TOKEN"
+    return shown

@@ -19,7 +19,7 @@ import yaml
 
 from flow_data.shipped_files import find_config
 from flow_training.config import CHANGEABLE_ON_RESUME, TrainingConfig, parse_config, without_token
-from flow_training.flags import check_keys, read_yaml, to_flags
+from flow_training.flags import check_keys, flag_name, read_yaml, to_flags
 from flow_training.hub import FINISHED_FILES, RUN_CONFIG
 from flow_training.ops.launcher import SignalForwarder
 from flow_training.run_log import FILE_NAME as LOG_NAME
@@ -121,10 +121,7 @@ def read_curriculum(
         raise ValueError(f"{path}: stages must be a list of at least one {{config: FILE}}; got {entries!r}")
     launch = _text(content, "launch", str(path)) if launch is None else launch
     output_root = _text(content, "output_root", str(path)) if output_root is None else output_root
-    for name in {word.partition("=")[0].removeprefix("--") for word in flags} & {
-        "resume_from_checkpoint",
-        "output_dir",
-    }:
+    for name in {flag_name(word) for word in flags} & {"resume_from_checkpoint", "output_dir"}:
         raise ValueError(f"--{name} cannot be given for every stage: {SET_BY_CURRICULUM[name]}")
     common = _to_flags(content, ("resume_from_checkpoint", "output_dir"), str(path))
 

@@ -51,6 +51,21 @@ def parse_switch(text: str) -> bool:
     return SWITCH_VALUES[text.lower()]
 
 
+def flag_name(word: str) -> str | None:
+    """The name of a flag, `hub_token` of `--hub_token`, `--hub-token` and `--hub-token=VALUE`; None for other words.
+
+    A text in quotes that begins with a flag is another word.
+    """
+    name = word.partition("=")[0]
+    return name[2:].replace("-", "_") if name.startswith("--") and " " not in name else None
+
+
+def find_flag(argv: Sequence[str], name: str) -> set[int]:
+    """Indices of the words of a command line that give a flag of one value: of the flag, and of a value after it."""
+    found = {index for index, word in enumerate(argv) if flag_name(word) == name}
+    return found | {index + 1 for index in found if "=" not in argv[index]}
+
+
 class FlagParser(argparse.ArgumentParser):
     """Flags of a dataclass: no abbreviations, `--no_NAME` for every switch, errors in one line.
 
@@ -97,7 +112,7 @@ class FlagParser(argparse.ArgumentParser):
 
         Args:
             argv: The command line, without the program. FILE may be the name of a shipped recipe.
-            secret: A flag whose value is never shown.
+            secret: The name of a flag whose value is never shown.
 
         Returns:
             The dataclass.
@@ -114,7 +129,7 @@ class FlagParser(argparse.ArgumentParser):
             if path is not None:
                 arguments = to_flags(read_yaml(find_config(path)), self.dataclass_type, path) + arguments
             # argparse stops at the first missing or malformed flag; a misspelt one explains more, so it goes first.
-            flags = [word for before, word in zip(["", *arguments], arguments, strict=False) if before != secret]
+            flags = [word for before, word in zip(["", *arguments], arguments, strict=False) if flag_name(before) != secret]
             for flag in (word for word in flags if word.startswith("--")):
                 if flag.partition("=")[0] not in self._option_string_actions:
                     raise ValueError(f"unknown flag {flag}{nearest(flag, list(self._option_string_actions))}")

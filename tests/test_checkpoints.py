@@ -27,7 +27,7 @@ def test_latest_is_the_highest_finished_step(tmp_path):
 
 def test_a_folder_without_a_checkpoint_hides_no_older_one(tmp_path):
     make_checkpoint(tmp_path / "checkpoint-3")
-    (tmp_path / "checkpoint-7").mkdir()
+    make_checkpoint(tmp_path / "checkpoint-7")
     (tmp_path / "checkpoint-9").touch()
     assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-3"
 
@@ -92,6 +92,23 @@ def test_the_resume_command_works_where_the_user_is(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)  # as `python -m train_flow` sets it
     monkeypatch.setattr(sys, "argv", [spec.origin, *given])
     assert resume_command(given, tmp_path).startswith("Resume with:  accelerate launch -m train_flow --config chairs")
+
+
+@pytest.mark.parametrize("flag", ["--hub_token {}", "--hub-token {}", "--hub_token={}", "--hub-token={}"])
+def test_a_token_is_in_no_command_that_is_shown(flag, tmp_path):
+    given = ["--config", "x", *flag.format("secret").split(), "--seed", "3"]
+    shown = resume_command(given, tmp_path)
+    assert f" --config x {flag.format('TOKEN')} --seed 3 --resume_from_checkpoint auto" in shown
+
+
+@pytest.mark.parametrize("flag", ["--resume_from_checkpoint", "--resume-from-checkpoint"])
+@pytest.mark.parametrize("equals", [" ", "="])
+def test_a_checkpoint_that_a_run_started_from_is_kept_until_it_has_its_own(flag, equals, tmp_path):
+    given = f"--config x {flag}{equals}old/checkpoint-5 --seed 3"
+    assert resume_command(given.split(), tmp_path).endswith(f" train_flow.py {given}")
+    make_checkpoint(tmp_path / "checkpoint-7")
+    resumed = " train_flow.py --config x --seed 3 --resume_from_checkpoint auto"
+    assert resume_command(given.split(), tmp_path).endswith(resumed)
 
 
 def test_the_resume_command_is_that_of_the_program_around_the_run(tmp_path, monkeypatch):

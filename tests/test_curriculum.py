@@ -280,7 +280,7 @@ def test_an_upload_that_fails_does_not_stop_the_stages_after_it(monkeypatch, tmp
 @pytest.mark.slow
 def test_a_token_is_not_shown(monkeypatch, tmp_path, capsys):
     path = stand_in(monkeypatch, tmp_path, "sys.exit(5)")
-    for argv in (["--hub_token", "secret"], ["--hub_token=secret"]):
+    for argv in (["--hub_token", "secret"], ["--hub_token=secret"], ["--hub-token", "secret"], ["--hub-token=secret"]):
         assert main([str(path), *argv]) != 0
         printed = capsys.readouterr()
         assert "secret" not in printed.out + printed.err and "TOKEN" in printed.out
