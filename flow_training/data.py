@@ -65,7 +65,8 @@ def open_dataset(
 
 def training_pairs(config: TrainingConfig) -> TrainingPairs:
     """Open the training mix, with its augmentation: the sources of `train_mix`, or `dataset_name` on the Hub."""
-    needs_flow = find_objective(config.objective).needs_flow
+    objective = find_objective(config.objective)
+    needs_flow = objective.needs_flow
     mix: list[tuple[str, Any, bool, int]] = []  # name, rows, whether ground truth is sparse, repeats
     if config.dataset_name is not None:
         rows = load_hub_dataset(config.dataset_name, config.train_split, config.streaming, config.hub_token)
@@ -86,6 +87,7 @@ def training_pairs(config: TrainingConfig) -> TrainingPairs:
                 crop_size=crop_size,
                 zoom_range=config.zoom_range_of(name),
                 flip=config.flip,
+                keep_without_photo_aug=objective.needs_images_without_photo_aug,
             ),
         )
         for name, rows, sparse, repeats in mix

@@ -34,10 +34,13 @@ class Objective(NamedTuple):
             distributes the run. The batch has `pixel_values`, and `labels` and `valid` where all its samples
             have ground truth; all are on the device.
         needs_flow: Whether all training data must have ground truth.
+        needs_images_without_photo_aug: Whether the batch has `pixel_values_without_photo_aug` as well: the frames
+            without color jitter, erased rectangles and noise, which photometric losses compare.
     """
 
     compute: Callable[[Any, dict[str, Tensor], TrainingConfig], ObjectiveOutput]
     needs_flow: bool = True
+    needs_images_without_photo_aug: bool = False
 
 
 def supervised(model: Any, batch: dict[str, Tensor], config: TrainingConfig) -> ObjectiveOutput:

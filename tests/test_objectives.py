@@ -67,14 +67,18 @@ def test_a_run_with_another_objective_logs_its_metrics(tmp_path, monkeypatch):
     """One function and one line: a loss that needs no ground truth, with a metric of its own."""
 
     def smoothness(model, batch, config) -> ObjectiveOutput:
-        assert set(batch) == {"pixel_values", "labels", "valid"}
+        assert set(batch) == {"pixel_values", "pixel_values_without_photo_aug", "labels", "valid"}
         flow = model(batch["pixel_values"], num_flow_updates=config.num_flow_updates).flow
         change = flow.diff(dim=-1).abs()
         return ObjectiveOutput(
             change.mean(), {"count": torch.tensor(float(change.numel())), "change": change.sum().detach()}
         )
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "smoothness", Objective(smoothness, needs_flow=False))
+    monkeypatch.setitem(
+        objectives.OBJECTIVES,
+        "smoothness",
+        Objective(smoothness, needs_flow=False, needs_images_without_photo_aug=True),
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     train_flow.main(flags(tmp_path / "run", "--objective", "smoothness"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
