@@ -23,10 +23,9 @@ from flow_data.arguments import add_synthetic_flags, given_options, synthetic_op
 from flow_data.atomic_write import atomic_write
 from flow_data.datasets import DATASETS, SUBMISSIONS, Protocol, check_split, load_source
 from flow_data.flow_io import describe_loss
-from flow_data.optional_packages import MissingPackageError, needs_extra
+from flow_data.optional_packages import MissingPackageError, require_packages
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model
-from flow_data.synthetic import synthetic
 from flow_inference.cpu_threads import limit_spinning
 from flow_training.flags import nearest
 from flow_training.run_log import to_json
@@ -45,12 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     """Evaluate as the command line says; mistakes and interruptions end the program with one line."""
     args = parse_args(argv)
     limit_spinning()
+    require_packages("evaluate_flow.py")
     try:
-        with needs_extra("train"):
-            from accelerate import Accelerator
+        from accelerate import Accelerator
 
-            from flow_training.evaluation import check_precision
-            from flow_training.processes import refuse_sharding
+        from flow_training.evaluation import check_precision
+        from flow_training.processes import refuse_sharding
+
         refuse_sharding()
         with use_device(args.device):
             accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -232,6 +232,8 @@ def open_dataset(args: argparse.Namespace, split: str):
 
     check_split(args.dataset, split)
     if args.dataset == "synthetic":
+        from flow_data.synthetic import synthetic
+
         options = synthetic_options(vars(args), args.data_dir)
         dataset = synthetic(options, split=split, num_pairs=args.synthetic_num_pairs)
     else:

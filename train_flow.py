@@ -10,12 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from flow_data.optional_packages import require_packages
 from flow_inference.cpu_threads import limit_spinning
 from flow_training.config import TrainingConfig, parse_config
 
 if __name__ == "__main__":
     limit_spinning()
     CONFIG = parse_config()  # before the slow imports below: --help and mistakes are answered at once
+    require_packages("train_flow.py")
 
 from accelerate.utils import set_seed
 

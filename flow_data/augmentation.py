@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from flow_data.color_jitter import Adjustments, JitterRange, adjust_colors, draw_adjustments, mean_color, take_probe
-from flow_data.sample import FlowSample
+from flow_data.sample import MAX_ZOOM, FlowSample
 
 # From princeton-vl/RAFT, core/utils/augmentor.py: FlowAugmentor (dense) and SparseFlowAugmentor (sparse).
 DENSE_JITTER = JitterRange(0.4, 0.4, 0.4, 0.5 / 3.14)
@@ -28,7 +28,6 @@ ERASE_SIDE = (50, 100)  # pixels, the end excluded; of crops of ERASE_AREA and l
 ERASE_AREA = 368 * 496  # the smallest published crop; half of a crop of 96 x 128 would be erased by such patches
 RESIZE_PROBABILITY = 0.8
 STRETCH_PROBABILITY = 0.8  # dense only
-MAX_ZOOM = 5  # log2; a misread range would make frames larger than memory
 MAX_STRETCH = 0.2  # log2, per axis
 DENSE_CROP_SLACK = 8  # pixels that a resized frame is larger than the crop, at least
 SPARSE_CROP_SLACK = 1

@@ -22,7 +22,7 @@ from flow_data import readers
 from flow_data.formats.kitti_png import KITTI_LIMITS
 from flow_data.pairing import validate_choice
 from flow_data.pairs import pairs
-from flow_data.synthetic import SyntheticOptions, synthetic
+from flow_data.synthetic import SyntheticOptions
 
 if TYPE_CHECKING:  # takes a second, and the command line needs the names of the data sets only
     from datasets import Dataset
@@ -227,6 +227,8 @@ def _warn_once(message: str) -> None:
 def _read_synthetic(root: str | os.PathLike[str] | None, split: str) -> Dataset:
     """Synthetic pairs with the default options; `root` is a folder of images to cut textures from."""
     check_split("synthetic", split)
+    from flow_data.synthetic import synthetic  # needs OpenCV, which the names of data sets do without
+
     return synthetic(SyntheticOptions(textures=None if root is None else os.fspath(root)), split=split)
 
 

@@ -10,17 +10,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from flow_data.arguments import add_source_arguments, add_synthetic_flags, check_source_arguments, synthetic_options
-from flow_data.augmentation import augment_dense, augment_sparse
 from flow_data.datasets import DATASETS, is_sparse, load_source
+from flow_data.optional_packages import require_packages
 from flow_data.sample import FlowSample
-from flow_data.synthetic import synthetic
 
-# What needs torch or datasets is imported in the functions that use it, so that --help takes no time.
+# What needs torch, OpenCV or datasets is imported in the functions that use it, so that --help takes no time.
 CELL_HEIGHT = 128  # pixels of the contact sheet
 MAX_SHEET_WIDTH = 2000
 DRAWS = 2  # augmentations of each pair that are shown
@@ -53,8 +51,11 @@ class Statistics(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    require_packages("flow_data.preview")
+    from flow_data.augmentation import augment_dense, augment_sparse
     from flow_data.features import to_sample
     from flow_data.images import disable_image_decoding
+    from flow_data.synthetic import synthetic
     from flow_data.visualize import stack_rows
 
     try:
@@ -208,6 +209,8 @@ def draw_row(name: str, samples: list[FlowSample]) -> np.ndarray:
 def _cell(image: np.ndarray, caption: str) -> np.ndarray:
     """An image of `CELL_HEIGHT` with its caption in the corner, white on a dark band."""
     width = max(round(image.shape[1] * CELL_HEIGHT / image.shape[0]), 1)
+    import cv2
+
     cell = cv2.resize(image, (width, CELL_HEIGHT), interpolation=cv2.INTER_AREA)
     cell[:14] = cell[:14] // 3
     return cv2.putText(cell, caption, (3, 10), cv2.FONT_HERSHEY_SIMPLEX, 0.33, (255, 255, 255), 1, cv2.LINE_AA)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from flow_data.arguments import add_source_arguments, check_source_arguments
 from flow_data.datasets import DATASETS
+from flow_data.optional_packages import require_packages
 
 MAX_SHARD_BYTES = 500 * 10**6
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    require_packages("flow_data.publish")
     # After the arguments: these imports take seconds, which --help and mistakes must not.
     from flow_data.hub_upload import open_splits, publish, publish_to_folder
 

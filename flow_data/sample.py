@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+MAX_ZOOM = 5  # log2, of augmentation; a misread range would make frames larger than memory
+
 
 class FlowSample(NamedTuple):
     """One image pair, with its flow where there is ground truth, as numpy arrays.

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flow_data.atomic_write import atomic_write
-from flow_data.optional_packages import MissingPackageError
+from flow_data.optional_packages import MissingPackageError, require_packages
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model
 from flow_training.adapt_flags import (
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Label, check the teacher, train, judge; each phase is skipped where it is done."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args, flags = parse_args(argv, __doc__)
+    require_packages(PROG)
     config = parse_config(trainer_arguments(args, flags))  # mistakes in flags are found now, not after the labels
     if any(name.partition(":")[0] == "pairs" for name in args.guard) and config.validation_pairs_path is None:
         sys.exit(f"{PROG}: error: --guard pairs needs --validation_pairs_path, a table of pairs with ground truth")

@@ -59,12 +59,12 @@ def parse_args(argv: Sequence[str], description: str | None = None) -> tuple[arg
     flags: list[str] = []
     target = own  # what stands before the first flag is an input
     for word in argv:
-        if flag_name(word) is not None:
+        if flag_name(word):
             target = own if word.partition("=")[0] in known else flags
         target.append(word)
     args = parser.parse_args(own)
     names = [*known, *FlagParser(TrainingConfig, PROG)._option_string_actions]
-    for flag in (word.partition("=")[0] for word in flags if flag_name(word) is not None):
+    for flag in (word.partition("=")[0] for word in flags if flag_name(word)):
         if flag not in names:
             parser.error(f"unknown flag {flag}{nearest(flag, names)}")
     if not 0 <= args.mix_synthetic <= 0.9:

@@ -23,8 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from flow_data.out_of_memory import is_out_of_memory
 from flow_training.config import CHANGEABLE_ON_RESUME, FIELDS, TrainingConfig, without_token
-from flow_training.flags import find_flag
-from flow_training.flags import read_yaml
+from flow_training.flags import find_flag, read_yaml
 from flow_training.metrics import ERROR_SUMS
 from flow_training.ops.launcher import RESUME_VARIABLE
 from flow_training.optimization import ExponentialMovingAverage, override_hyperparameters

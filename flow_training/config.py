@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flow_data.arguments import synthetic_options
-from flow_data.augmentation import MAX_ZOOM
 from flow_data.datasets import check_source, check_split
+from flow_data.sample import MAX_ZOOM
 from flow_data.synthetic import SyntheticOptions
 from flow_training.flags import FlagParser, YamlMapping, YamlValue, find_flag, flag_name
 

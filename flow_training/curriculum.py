@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from flow_data.optional_packages import require_packages
 from flow_data.shipped_files import find_config
 from flow_training.config import CHANGEABLE_ON_RESUME, TrainingConfig, parse_config, without_token
 from flow_training.flags import check_keys, flag_name, read_yaml, to_flags
@@ -316,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     except (ValueError, OSError) as error:
         sys.exit(f"{PROG}: error: {error}")
+    require_packages(PROG)
     return run_curriculum(curriculum, shlex.join(["python", "-m", PROG, *without_token(argv)]))
 
 

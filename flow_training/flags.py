@@ -51,19 +51,27 @@ def parse_switch(text: str) -> bool:
     return SWITCH_VALUES[text.lower()]
 
 
-def flag_name(word: str) -> str | None:
-    """The name of a flag, `hub_token` of `--hub_token`, `--hub-token` and `--hub-token=VALUE`; None for other words.
+def flag_name(word: str) -> str:
+    """The name of a flag, `hub_token` of `--hub_token`, `--hub-token` and `--hub-token=VALUE`; "" for other words.
 
     A text in quotes that begins with a flag is another word.
     """
     name = word.partition("=")[0]
-    return name[2:].replace("-", "_") if name.startswith("--") and " " not in name else None
+    return name[2:].replace("-", "_") if name.startswith("--") and " " not in name else ""
 
 
 def find_flag(argv: Sequence[str], name: str) -> set[int]:
     """Indices of the words of a command line that give a flag of one value: of the flag, and of a value after it."""
     found = {index for index, word in enumerate(argv) if flag_name(word) == name}
     return found | {index + 1 for index in found if "=" not in argv[index]}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that are values; what is done without a value stands in the help of its flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_value = action.default is not None and action.default is not dataclasses.MISSING
+        return super()._get_help_string(action) if has_value else action.help
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -77,8 +85,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def __init__(self, dataclass_type: Any, prog: str):
         usage = "%(prog)s --config configs/NAME.yaml [--flag value ...]     (--help lists all flags)"
-        show_defaults = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(prog=prog, usage=usage, allow_abbrev=False, formatter_class=show_defaults)
+        super().__init__(prog=prog, usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter)
         self.dataclass_type = dataclass_type
         self.add_argument("--config", help="YAML file of settings; flags win over it")
         type_hints = get_type_hints(dataclass_type)
@@ -129,7 +136,8 @@ class FlagParser(argparse.ArgumentParser):
             if path is not None:
                 arguments = to_flags(read_yaml(find_config(path)), self.dataclass_type, path) + arguments
             # argparse stops at the first missing or malformed flag; a misspelt one explains more, so it goes first.
-            flags = [word for before, word in zip(["", *arguments], arguments, strict=False) if flag_name(before) != secret]
+            given = zip(["", *arguments], arguments, strict=False)
+            flags = [word for before, word in given if flag_name(before) != secret]
             for flag in (word for word in flags if word.startswith("--")):
                 if flag.partition("=")[0] not in self._option_string_actions:
                     raise ValueError(f"unknown flag {flag}{nearest(flag, list(self._option_string_actions))}")

@@ -27,7 +27,7 @@ def test_latest_is_the_highest_finished_step(tmp_path):
 
 def test_a_folder_without_a_checkpoint_hides_no_older_one(tmp_path):
     make_checkpoint(tmp_path / "checkpoint-3")
-    make_checkpoint(tmp_path / "checkpoint-7")
+    (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-9").touch()
     assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-3"
 

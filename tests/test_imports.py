@@ -1,6 +1,7 @@
 """What a program does not need is not imported, and what is not installed is named with how to install it."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 HEAVY = {"torch", "torchvision", "transformers", "accelerate", "datasets", "av", "h5py", "pandas", "cv2", "matplotlib"}
 HEAVY |= {"gradio"}
+TRAIN_EXTRA = {"datasets", "pyarrow", "cv2", "kornia_rs", "h5py", "tensorboard", "psutil", "jinja2"}
 HELP = """
 import runpy, sys
 sys.argv[1:] = ["--help"]
@@ -91,7 +93,7 @@ def test_flow_inference_imports_what_is_used():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_heavy(command):
     """Every name of a data set and of a setting is in it, but it takes no second."""
-    assert not imported_packages(HELP.format(command)) & (HEAVY - {"cv2"})
+    assert not imported_packages(HELP.format(command)) & HEAVY
 
 
 def test_mistakes_are_found_before_heavy_imports():
@@ -120,6 +122,27 @@ def test_a_missing_extra_is_named_with_how_to_install_it(tmp_path):
     ]
 
 
+COMMAND_LINES = [
+    "train_flow --config quickstart",
+    "evaluate_flow --dataset synthetic",
+    "flow_data.preview synthetic",
+    "flow_data.publish synthetic --repo_id user/name",
+    "flow_training.curriculum pretrain_synthetic_small",
+    "flow_training.adapt frames --output_dir run",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_a_core_installation_names_the_extra_of_training(line):
+    module, *argv = line.split()
+    code = f"import runpy, sys; sys.argv[1:] = {argv!r}; runpy.run_module({module!r}, run_name='__main__')"
+    result = run_python(code, blocked=TRAIN_EXTRA)
+    message = r"error: \w+ is not installed; install it with: pip install 'raft-flow-trainer\[train\]'\n"
+    assert result.returncode == 1 and re.fullmatch(rf"{module}(\.py)?: {message}", result.stderr), result.stderr
+    assert not imported_packages(HELP.format(module)) & HEAVY
+
+
 @pytest.mark.slow
 def test_frames_in_memory_and_flow_files_need_no_extra():
     """A core installation predicts flow of a pair, and writes it."""
@@ -139,7 +162,6 @@ for name in ("flow.flo", "flow.npy", "flow.pfm", "flow.npz", "flow.png"):
     predict_flow.main([*flags, *pair])
     assert (folder / name).is_file()
 """
-    extras = {"datasets", "pyarrow", "cv2", "kornia_rs", "h5py", "tensorboard", "psutil", "jinja2", "av"}
-    extras |= {"matplotlib", "onnx", "onnxscript", "onnxruntime"}
-    result = run_python(code, blocked=extras)
+    extras = {"av", "matplotlib", "onnx", "onnxscript", "onnxruntime"}
+    result = run_python(code, blocked=TRAIN_EXTRA | extras)
     assert result.returncode == 0, result.stderr

@@ -10,10 +10,8 @@ Shapes: `H W` frame, `L` layers, the background first.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,6 +19,7 @@ from PIL import Image
 from flow_data.sample import FlowSample
 from flow_data.synthetic.appearance import apply_appearance, draw_appearances, draw_shutter
 from flow_data.synthetic.motion import match_displacement, project
+from flow_data.synthetic.options import SyntheticOptions
 from flow_data.synthetic.rendering import find_flow, find_masks, find_occlusion, paint
 from flow_data.synthetic.scenes import Cut, Scene, draw_ego_motion, draw_layered
 from flow_data.synthetic.textures import Pool, cut_from_image, cut_pool, list_images, read_image
@@ -31,55 +30,7 @@ if TYPE_CHECKING:  # takes a second, and the command line needs the names of the
 SPLITS = {"training": 0, "validation": 1, "all": 0}  # `all` leaves what is held out held out
 POOL_SIZES = {"training": 256, "validation": 64, "all": 256}  # textures; about 1 MB of memory and 40 ms of time each
 IMAGES_PER_PAIR = 3  # of the user's, for all layers
-SHARES = ("appearance", "nonrigid", "ego_motion")  # options between 0 and 1
 PROBES = 1500  # pixels, about, that the mean displacement is taken over when motions are scaled
-
-
-@dataclass(frozen=True)
-class SyntheticOptions:
-    """What to draw.
-
-    Attributes:
-        image_size: (H, W), at least 32 px each.
-        displacement: (lowest, highest) mean length of the flow vectors of a pair in pixels, drawn log-uniformly.
-            Single objects move much farther: up to a fifth of the frame's diagonal. A mean that the motions of
-            a scene cannot reach is lowered, above all where a camera travels through a scene.
-        shapes: (fewest, most) foreground shapes.
-        textures: Folder of images to cut textures from, searched recursively. None draws procedural textures.
-        appearance: Strength, 0 to 1, of what differs between the frames but motion: exposure, light, blur, noise.
-        nonrigid: Probability that a layer deforms smoothly on top of its motion.
-        ego_motion: Share of pairs whose camera travels through a scene of planes in depth, as in KITTI.
-
-    Raises:
-        ValueError: If a range is reversed or a number out of its range.
-    """
-
-    image_size: tuple[int, int] = (384, 512)  # that of FlyingChairs
-    displacement: tuple[float, float] = (1.0, 30.0)  # FlyingChairs has about 11 px on average, Middlebury 4
-    shapes: tuple[int, int] = (6, 24)  # Dosovitskiy et al. 2015: 16 to 24; fewer leave calm areas
-    textures: str | None = None
-    appearance: float = 1.0
-    nonrigid: float = 0.3
-    ego_motion: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not _is_pair(self.image_size, int) or min(self.image_size) < 32:
-            raise ValueError(f"image_size must be (height, width) of at least 32 px each; got {self.image_size}")
-        if not _is_pair(self.displacement, float) or not 0 < self.displacement[0] <= self.displacement[1] < math.inf:
-            raise ValueError(
-                f"displacement must be (lowest, highest) in px, above 0 and finite; got {self.displacement}"
-            )
-        if not _is_pair(self.shapes, int) or not 0 <= self.shapes[0] <= self.shapes[1]:
-            raise ValueError(f"shapes must be (fewest, most), whole numbers of at least 0; got {self.shapes}")
-        for name in SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
-
-
-def _is_pair(value: Any, kind: type) -> bool:
-    """Whether a value is two numbers of a kind; a whole number is a float, too."""
-    kinds = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(number, kinds) for number in value)
 
 
 class SyntheticPair(NamedTuple):

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 RESUME_VARIABLE = "FLOW_TRAINING_RESUME"  # environment variable: the command that resumes the program around a run
 
@@ -77,6 +75,8 @@ class SignalForwarder:
         """Send SIGTERM to the training processes, and not to their launcher: it would die, or kill them too soon."""
         if self._launcher is None:
             return
+        import psutil  # of an extra; commands say that it is missing once their arguments are known to be good
+
         try:
             children = psutil.Process(self._launcher.pid).children()
             trainers = [child for child in children if str(self.program) in child.cmdline()]
