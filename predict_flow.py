@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Any
 
 from flow_data.file_names import (
     COLLECTION_FORMATS,
-    FORMAT_SUFFIXES,
     VIDEO_SUFFIXES,
     WRITTEN_FORMATS,
     find_path,
     is_video,
     refuse_url,
 )
-from flow_data.flow_io import FLOW_SUFFIXES
+from flow_data.flow_io import FLOW_SUFFIXES, FORMAT_SUFFIXES
 from flow_data.optional_packages import MissingPackageError
 from flow_data.out_of_memory import explain_out_of_memory
 from flow_data.shipped_files import PRETRAINED, find_model

@@ -12,16 +12,6 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-FORMAT_SUFFIXES = {  # format of the flow of a pair -> suffix of its file
-    "flo": ".flo",
-    "npy": ".npy",
-    "npz": ".npz",
-    "npz16": ".npz",  # float16
-    "pfm": ".pfm",
-    "flo5": ".flo5",
-    "kitti": ".png",
-    "color": ".png",
-}
 COLLECTION_FORMATS = {"h5": ".h5", "jpg": ".jpg"}  # a file of each video; two images of each pair
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"),

@@ -41,6 +41,11 @@ FORMATS: dict[str, FlowFormat] = {
     )
 }
 FLOW_SUFFIXES = tuple(FORMATS)
+FORMAT_SUFFIXES = {  # format of the flow of a pair, as `--format` names it -> suffix of its file
+    **{"kitti" if suffix == ".png" else suffix[1:]: suffix for suffix in FLOW_SUFFIXES},
+    "npz16": ".npz",  # float16, `write_compact_flow`
+    "color": ".png",  # an image to look at, which `read_flow` does not read
+}
 
 
 def read_flow(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:

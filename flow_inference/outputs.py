@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from flow_data.atomic_write import atomic_write
-from flow_data.file_names import FORMAT_SUFFIXES
 from flow_data.flow_io import (
+    FORMAT_SUFFIXES,
     confidence_arrays,
     describe_loss,
     encode_with_loss,

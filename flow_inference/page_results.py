@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flow_data.file_names import FORMAT_SUFFIXES
 from flow_data.optional_packages import MissingPackageError
 
 if TYPE_CHECKING:
@@ -230,6 +229,7 @@ def predict_video(
     Raises:
         ValueError, OSError: It is no video, or it has not two frames.
     """
+    from flow_data.flow_io import FORMAT_SUFFIXES
     from flow_inference.cancellation import CancelledError, cancellable
     from flow_inference.outputs import FlowFileWriter, FlowVideoWriter
     from flow_inference.pair_images import draw_beside

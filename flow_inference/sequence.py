@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from flow_data.file_names import FORMAT_SUFFIXES, VIDEO_SUFFIXES, WRITTEN_FORMATS, is_video, natural_order
-from flow_data.flow_io import FLOW_SUFFIXES
+from flow_data.file_names import VIDEO_SUFFIXES, WRITTEN_FORMATS, is_video, natural_order
+from flow_data.flow_io import FLOW_SUFFIXES, FORMAT_SUFFIXES
 from flow_inference.frame_sources import list_frames
 from flow_inference.outputs import FlowFileWriter, FlowVideoWriter, result_paths
 from flow_inference.video import VideoFlow

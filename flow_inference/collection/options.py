@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from flow_data.file_names import COLLECTION_FORMATS, FORMAT_SUFFIXES
+from flow_data.file_names import COLLECTION_FORMATS
+from flow_data.flow_io import FORMAT_SUFFIXES
 from flow_data.formats.jpeg_flow import BOUND
 
 
@@ -13,7 +14,7 @@ class CollectionOptions:
     """What the outputs of a collection depend on, besides frames and weights.
 
     Args:
-        format: A key of `FORMAT_SUFFIXES` or `COLLECTION_FORMATS` (`flow_data.file_names`).
+        format: A key of `FORMAT_SUFFIXES` (`flow_data.flow_io`) or `COLLECTION_FORMATS` (`flow_data.file_names`).
         backward: Also write backward flow.
         occlusion: Also write occlusion masks as images.
         confidence: Also write the forward-backward error and the occlusion mask as arrays.

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from flow_data.file_names import COLLECTION_FORMATS, FORMAT_SUFFIXES
+from flow_data.file_names import COLLECTION_FORMATS
+from flow_data.flow_io import FORMAT_SUFFIXES
 from flow_data.out_of_memory import explain_out_of_memory, is_out_of_memory
 from flow_inference.background import ReadAhead, WriteBehind
 from flow_inference.collection.options import CollectionOptions
