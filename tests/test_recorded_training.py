@@ -1,6 +1,7 @@
 """`--cuda_graphs` without a GPU: recording is left out, all around it is as it is (tests/gpu has the real thing)."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -75,17 +76,18 @@ def test_what_cannot_be_recorded_is_refused(switches, settings, message, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "objective", "message"),
     [
-        ({"num_processes": 2}, "several processes; got 2"),
-        ({"gradient_accumulation_steps": 2}, "total_batch_size, 4, with cuda_graphs; got 2"),
-        ({"mixed_precision": "fp16"}, "must be no or bf16 with cuda_graphs; got fp16"),
+        ({"num_processes": 2}, "supervised", "several processes; got 2"),
+        ({"gradient_accumulation_steps": 2}, "supervised", "total_batch_size, 4, with cuda_graphs; got 2"),
+        ({"mixed_precision": "fp16"}, "supervised", "must be no or bf16 with cuda_graphs; got fp16"),
+        ({}, "photometric", "objective must be supervised with cuda_graphs; got photometric"),
     ],
 )
-def test_what_a_gpu_cannot_record_is_refused(changes, message, tmp_path):
+def test_what_a_gpu_cannot_record_is_refused(changes, objective, message, tmp_path):
     accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1, mixed_precision="bf16")
     accelerator.gradient_accumulation_steps = 1
     vars(accelerator).update(changes)
     config = train_flow.parse_config(flags(tmp_path, "--cuda_graphs", per_device_train_batch_size="2"))
     with pytest.raises(ValueError, match=message):
-        check_cuda_graphs(accelerator, config)
+        check_cuda_graphs(accelerator, replace(config, objective=objective))

@@ -314,6 +314,8 @@ def test_records_are_checked_when_they_are_made():
         index_records([record, record])
     with pytest.raises(ValueError, match="other_pass must name a data set with a server; got 'sintel_final'"):
         index_records([record])
+    with pytest.raises(ValueError, match="other_pass must name a data set with a server; got 'sintel_final'"):
+        index_records([record, replace(DATASETS["sintel_final"], submission=None)])
     complete = {field.name for field in fields(DatasetRecord) if field.default is MISSING}
     assert complete == {"name", "folder", "reader", "splits", "license", "protocol"}  # none can be forgotten
     assert all(name == record.name for name, record in DATASETS.items())
