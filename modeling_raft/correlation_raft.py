@@ -240,7 +240,8 @@ class DenseCorrelation:
     def __init__(self, fmap1: Tensor, fmap2: Tensor, num_levels: int, radius: int):
         dtype = torch.promote_types(fmap1.dtype, torch.float32)
         with torch.autocast(fmap1.device.type, enabled=False):
-            # Features are scaled rather than products, of which there are h * w times as many.
+            # Equation 1, divided by sqrt(C) as in princeton-vl/RAFT: the products of all pairs. Features are scaled
+            # rather than products, of which there are h * w times as many.
             rows = (fmap1.to(dtype) / math.sqrt(fmap1.shape[1])).flatten(2).transpose(1, 2)  # (B, h*w, C)
             levels = pool_features(fmap2.to(dtype), num_levels)
             boxes = whole_levels(fmap2.shape[2], fmap2.shape[3], num_levels, fmap2.device)
@@ -253,7 +254,9 @@ class DenseCorrelation:
                 self.volume = _AllPairs.apply(rows, columns, self.gradient)
 
     def lookup(self, centroids: Tensor) -> Tensor:
-        """Sample every pyramid level in a square window around each centroid.
+        """Sample every pyramid level in a square window around each centroid (equation 2).
+
+        The paper bounds the L1 norm of the offsets. princeton-vl/RAFT and published weights read the whole square.
 
         Args:
             centroids: `(B, 2, h, w)`, where each pixel of frame 1 lands in frame 2, as (x, y) in grid pixels
@@ -273,70 +276,8 @@ class DenseCorrelation:
         return windows.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-class SharedGradient:
-    """The gradient of a volume, to which all lookups of a backward pass add.
-
-    Autograd itself would make a gradient as large as the volume for each lookup, and add them up.
-    """
-
-    def __init__(self) -> None:
-        self.sum: Tensor | None = None
-
-    def get(self, like: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the sum so far, to be added to in place; it begins as zeros of `shape` with the type of `like`."""
-        if self.sum is None:
-            self.sum = like.new_zeros(shape)
-        return self.sum
-
-    def take(self) -> Tensor | None:
-        """Return the sum after all lookups have added to it, and reset it for the next backward pass."""
-        taken, self.sum = self.sum, None
-        return taken
-
-
 def _look_up(volume: Tensor, points: Tensor, layout: ColumnLayout) -> Tensor:
     return gather_windows(volume, *window_indices(points, layout, volume.shape[1] - 1))
-
-
-class _AllPairs(torch.autograd.Function):
-    """Rows `(B, h*w, C)` times columns `(B, C, S)`; the gradient of the volume `(N, S)` is the shared one."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, gradient: SharedGradient) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        ctx.set_materialize_grads(False)  # lookups return no gradient of the volume: it is in the shared one
-        ctx.gradient = gradient
-        return (rows @ columns).flatten(0, 1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, columns = ctx.saved_tensors
-        grad = ctx.gradient.take()
-        if grad is None:
-            return None, None, None
-        grad = grad.unflatten(0, rows.shape[:2])
-        return grad @ columns.transpose(1, 2), rows.transpose(1, 2) @ grad, None
-
-
-class _LookUp(torch.autograd.Function):
-    """`_look_up`, whose backward pass adds to the shared gradient and recomputes the indices rather than keep them."""
-
-    @staticmethod
-    def forward(ctx: Any, volume: Tensor, points: Tensor, layout: ColumnLayout, gradient: SharedGradient) -> Tensor:
-        ctx.save_for_backward(points)  # not the volume, of which the backward pass needs the shape only
-        ctx.layout, ctx.gradient, ctx.shape = layout, gradient, volume.shape
-        return _look_up(volume, points, layout)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        # `once_differentiable` has no effect where no gradient is returned, and second derivatives would be wrong.
-        if torch.is_grad_enabled():
-            raise RuntimeError("the correlation has no second derivatives: call backward without create_graph")
-        (points,) = ctx.saved_tensors
-        indices = window_indices(points, ctx.layout, ctx.shape[1] - 1)
-        scatter_windows(grad, *indices, ctx.gradient.get(grad, ctx.shape))
-        return None, None, None, None  # autograd calls `_AllPairs.backward` after the backward of every lookup
 
 
 # ---- On demand: what a lookup reads ----
@@ -458,3 +399,68 @@ IMPLEMENTATIONS: dict[str, type[DenseCorrelation | OnDemandCorrelation]] = {
     "dense": DenseCorrelation,
     "on_demand": OnDemandCorrelation,
 }
+
+
+# ---- The gradient of the dense volume ----
+
+
+class SharedGradient:
+    """The gradient of a volume, to which all lookups of a backward pass add.
+
+    Autograd itself would make a gradient as large as the volume for each lookup, and add them up.
+    """
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+
+    def get(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the sum so far, to be added to in place; it begins as zeros of `shape` with the type of `like`."""
+        if self.sum is None:
+            self.sum = like.new_zeros(shape)
+        return self.sum
+
+    def take(self) -> Tensor | None:
+        """Return the sum after all lookups have added to it, and reset it for the next backward pass."""
+        taken, self.sum = self.sum, None
+        return taken
+
+
+class _AllPairs(torch.autograd.Function):
+    """Rows `(B, h*w, C)` times columns `(B, C, S)`; the gradient of the volume `(N, S)` is the shared one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, gradient: SharedGradient) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        ctx.set_materialize_grads(False)  # lookups return no gradient of the volume: it is in the shared one
+        ctx.gradient = gradient
+        return (rows @ columns).flatten(0, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, columns = ctx.saved_tensors
+        grad = ctx.gradient.take()
+        if grad is None:
+            return None, None, None
+        grad = grad.unflatten(0, rows.shape[:2])
+        return grad @ columns.transpose(1, 2), rows.transpose(1, 2) @ grad, None
+
+
+class _LookUp(torch.autograd.Function):
+    """`_look_up`, whose backward pass adds to the shared gradient and recomputes the indices rather than keep them."""
+
+    @staticmethod
+    def forward(ctx: Any, volume: Tensor, points: Tensor, layout: ColumnLayout, gradient: SharedGradient) -> Tensor:
+        ctx.save_for_backward(points)  # not the volume, of which the backward pass needs the shape only
+        ctx.layout, ctx.gradient, ctx.shape = layout, gradient, volume.shape
+        return _look_up(volume, points, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        # `once_differentiable` has no effect where no gradient is returned, and second derivatives would be wrong.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the correlation has no second derivatives: call backward without create_graph")
+        (points,) = ctx.saved_tensors
+        indices = window_indices(points, ctx.layout, ctx.shape[1] - 1)
+        scatter_windows(grad, *indices, ctx.gradient.get(grad, ctx.shape))
+        return None, None, None, None  # autograd calls `_AllPairs.backward` after the backward of every lookup
