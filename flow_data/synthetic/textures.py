@@ -33,7 +33,6 @@ SHADED = 0.35  # share of windows with a gradient of light over them
 LEAF_EXPONENT = 3.0
 SMALLEST_LEAF = (1.5, 6.0)  # radius in pool pixels
 NOISE_SLOPE = (0.8, 1.5)  # amplitude ~ f ** -slope; natural images have 0.8 to 1.5 (Tolhurst et al. 1992)
-LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
 class Texture(NamedTuple):
