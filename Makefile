@@ -74,7 +74,6 @@ bench: $(INSTALLED)
 	$(PYTHON) -m benchmarks.bench_memory --output $(RESULTS)/memory.json
 	$(PYTHON) -m benchmarks.bench_on_demand --output $(RESULTS)/on_demand.json
 	$(PYTHON) -m benchmarks.bench_scaling --output $(RESULTS)/scaling.json
-	$(PYTHON) -m benchmarks.bench_collection --output $(RESULTS)/collection.json
 	$(PYTHON) -m benchmarks.bench_data $(if $(DATA_ROOT),--data_root "$(DATA_ROOT)") --output $(RESULTS)/data.json
 	$(PYTHON) -m benchmarks.report --results $(RESULTS)
 
