@@ -73,7 +73,7 @@ STYLE = """
 #pixel_text {min-height: 3.2em}
 #preview1 img, #preview2 img {max-height: 220px; object-fit: contain}
 #scale {max-width: 260px}
-#film video {max-height: 300px}
+#video video {max-height: 300px}
 #shown video {max-height: 420px}
 """
 # Gradio's images have no alternative texts: each gets its own here, or the label of its block.
@@ -120,7 +120,7 @@ class Workspace:
         self.stop_event(session).set()
         self._stops[session or ""] = threading.Event()
 
-    def forget(self, session: str | None) -> None:
+    def remove_visitor(self, session: str | None) -> None:
         """Stop what a visitor has started who has left."""
         self.stop_event(session).set()
         self._stops.pop(session or "", None)
@@ -217,7 +217,7 @@ def choose_model(settings: Settings, default: str | None, serves_others: bool) -
     return load_model(source, modified)
 
 
-def check_picture(path: str, name: str) -> None:
+def check_image(path: str, name: str) -> None:
     """Refuse an image that is too large before it is decoded; its decoder refuses what is no image."""
     import PIL.Image
 
@@ -304,7 +304,7 @@ def build_page(args: argparse.Namespace) -> tuple["gr.Blocks", dict[str, Any]]:
             video_tab(gr, args, workspace, job_options)
 
         def leave(request: gr.Request) -> None:
-            workspace.forget(request.session_hash)
+            workspace.remove_visitor(request.session_hash)
 
         page.unload(leave)
     page.queue(max_size=MAX_WAITING)
@@ -426,7 +426,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         paths = {"frame 1": path1, "frame 2": path2}
         for name, path in paths.items():
             if path is not None:
-                check_picture(path, name)
+                check_image(path, name)
         given = [path for path in paths.values() if path is not None]
         images = iter(read_frames(given))
         shown = [None if path is None else next(images) for path in paths.values()]
@@ -444,7 +444,7 @@ def pair_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_option
         if path1 is None or path2 is None:
             raise ValueError("Give two frames: drop an image on each field, or click an example.")
         for path, name in ((path1, "frame 1"), (path2, "frame 2")):
-            check_picture(path, name)
+            check_image(path, name)
         settings = make_settings(chosen)
         with workspace.lock:
             model = choose_model(settings, args.model, args.host not in LOOPBACK)
@@ -530,7 +530,7 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
         f"The first {args.max_frames} frames are used, reduced to {MAX_VIDEO_SIDE} px where they are larger. Files of "
         f"up to {MAX_UPLOAD} MB."
     )
-    film = gr.Video(label="Video", sources=["upload", "webcam"], elem_id="film", buttons=[])
+    video = gr.Video(label="Video", sources=["upload", "webcam"], elem_id="video", buttons=[])
     clips = sorted(examples_folder().glob("*.mp4"))
     examples = gr.Dataset(
         components=[gr.Video(render=False)],
@@ -598,7 +598,7 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
 
     outputs = [message, result, shown, timeline, *downloads]
     run_options = {
-        "inputs": [film, archive_format, *settings],
+        "inputs": [video, archive_format, *settings],
         "outputs": outputs,
         "show_progress_on": [message],
         **job_options,
@@ -607,7 +607,7 @@ def video_tab(gr: Any, args: argparse.Namespace, workspace: Workspace, job_optio
         run, trigger_mode="multiple", **run_options
     )
     stop.click(request_stop, queue=False, show_progress="hidden", **private)
-    examples.click(lambda index: str(clips[index]), examples, film, **private)
+    examples.click(lambda index: str(clips[index]), examples, video, **private)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Frames a second of a folder of made-up videos: one command for all, beside one command each and a plain loop.
+"""Frames a second of a folder of synthetic videos: one command for all, beside one command each and a plain loop.
 
     python -m benchmarks.bench_collection [--model raft-small.pth] [--videos 12] [--pairs 8] [--output collection.json]
 

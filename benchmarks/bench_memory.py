@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_memory --output outputs/benchmarks/memory.json
 
-Each figure is that of a process of its own, two steps, above what the process had when everything was imported (on a
+Each value is that of a process of its own, two steps, above what the process had when everything was imported (on a
 GPU: of what PyTorch gave out). `--runs` rounds of processes. About ten minutes on two CPU cores.
 """
 

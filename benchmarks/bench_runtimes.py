@@ -3,8 +3,8 @@
     python -m benchmarks.bench_runtimes --output outputs/benchmarks/runtimes.json
     python -m benchmarks.bench_runtimes --model raft-sintel.pth --pair frame1.png frame2.png
 
-Without `--model`, the large model with random weights; without `--pair`, made-up images. Errors are distances from the
-flow of PyTorch in float32. Each runtime gets as many threads as PyTorch. About three minutes on two CPU cores.
+Without `--model`, the large model with random weights; without `--pair`, synthetic images. Errors are distances from
+the flow of PyTorch in float32. Each runtime gets as many threads as PyTorch. About three minutes on two CPU cores.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What bench_gpu.py measures, a function for each part: it reports rows as it goes, until its time is over.
 
 On a GPU, every part has the sizes that people use, and on a CPU `tiny` ones that try the code. Rows are dictionaries
-with `part`; a case that fails is a row with `failed`, and the others go on.
+with `part`; a case that fails is a row with `failed`, and the others continue.
 """
 
 import os
@@ -85,7 +85,7 @@ def measure(
                 row |= {"mean_px": difference.mean().item(), "largest_px": difference.max().item()}
             calls[candidate.name], rows[candidate.name] = call, row
             del result
-        except Exception as error:  # memory that is out, above all: the others go on
+        except Exception as error:  # memory that is out, above all: the others continue
             bench.report(row | {"failed": describe(error)})
     seconds = time_in_rounds(calls, ROUNDS, bench.device, SECONDS_A_CASE)
     for name, taken in seconds.items():

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine_in_words
-from benchmarks.report import in_words, put_between, size_in_words, table
+from benchmarks.machine import describe_as_sentence
+from benchmarks.report import describe_candidate, describe_size, put_between, table
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 
@@ -24,7 +24,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     """All tables, the most important last, since the end of a log is what is seen first."""
     rows = report["rows"]
     sections = [
-        f"Measured by `make bench-gpu` on {machine_in_words(report['machine'])}. Medians of interleaved rounds; "
+        f"Measured by `make bench-gpu` on {describe_as_sentence(report['machine'])}. Medians of interleaved rounds; "
         "the same random weights and images for all. GB are 10^9 bytes that PyTorch has given out at its peak beyond "
         "weights and images. The floor is what operations and bytes take at the rates below.",
         failures(rows),
@@ -52,13 +52,13 @@ def timed(rows: list[Row], part: str, title: str, unit: str) -> list[str]:
     """A table for each case of a part."""
     cases: dict[str, list[Row]] = {}
     for row in of_part(rows, part, "candidate"):
-        cases.setdefault(case_in_words(row), []).append(row)
+        cases.setdefault(describe_case(row), []).append(row)
     return [f"**{title}**, {case}:\n\n{case_table(of_case, unit)}" for case, of_case in cases.items()]
 
 
-def case_in_words(row: Row) -> str:
+def describe_case(row: Row) -> str:
     named = [str(row[name]) for name in ("recipe", "size") if name in row]
-    size = size_in_words(row["height"], row["width"])
+    size = describe_size(row["height"], row["width"])
     return ", ".join([*named, size, f"{row['num_flow_updates']} updates", f"batch of {row['batch']}"])
 
 
@@ -71,7 +71,7 @@ def case_table(rows: list[Row], unit: str) -> str:
     for row in rows:
         if "floor_seconds" in row:
             continue
-        name = in_words(row["candidate"])
+        name = describe_candidate(row["candidate"])
         if "failed" in row:
             lines.append([name, row["failed"], *[""] * (len(head) - 2)])
             continue
@@ -107,7 +107,7 @@ def loader(rows: list[Row]) -> str:
     for row in of_part(rows, "loader", "pairs_per_second"):
         phases = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in row.get("phases", {}).items())
         lines.append(
-            f"- {row['candidate']}, {row['workers']} workers, crops of {size_in_words(*row['crop'])}, batch of "
+            f"- {row['candidate']}, {row['workers']} workers, crops of {describe_size(*row['crop'])}, batch of "
             f"{row['batch']}: {row['pairs_per_second']:.0f} pairs a second{'; ' if phases else ''}{phases}"
         )
     return "**Data loading** (synthetic pairs, drawn and augmented):\n\n" + "\n".join(lines) if lines else ""

@@ -34,8 +34,8 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def machine_in_words(machine: dict[str, Any]) -> str:
-    """The description as one sentence."""
+def describe_as_sentence(machine: dict[str, Any]) -> str:
+    """Return the description of a machine as one sentence."""
     gpu = f"{machine['gpu']} ({machine['gpu_memory_gb']} GB), " if machine["gpu"] else ""
     bf16 = "with" if machine["bf16_instructions"] else "without"
     versions = ", ".join(f"{package} {machine[package]}" for package in ("python", *PACKAGES))

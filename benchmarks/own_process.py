@@ -1,4 +1,4 @@
-"""A process for each figure of memory: what ran before would count, and PyTorch returns little of it."""
+"""A process for each value of memory: what ran before would count, and PyTorch returns little of it."""
 
 import multiprocessing
 import platform

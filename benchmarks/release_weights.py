@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--published", required=True, help="published weights to compare with, evaluated at 20 updates"
     )
-    parser.add_argument("--hardware", required=True, help="what the runs were computed on, in words, for the card")
+    parser.add_argument(
+        "--hardware", required=True, help="description of the machine that ran the training, for the card"
+    )
     parser.add_argument("--remark", default="", help="a paragraph for the card, such as how far the training has come")
     parser.add_argument("--output", type=Path, default=Path(PRETRAINED))
     arguments = parser.parse_args(argv)

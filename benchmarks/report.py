@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine_in_words
+from benchmarks.machine import describe_as_sentence
 from benchmarks.scaling_plots import plot_pixels, plot_updates
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -79,9 +79,9 @@ def put_between(begin: str, end: str, text: str, block: str) -> str:
 def as_markdown(reports: dict[str, Report]) -> str:
     """All tables, each below a line that says what it shows."""
     sections = [
-        f"Measured by `make bench` on {machine_in_words(reports['inference']['machine'])}. Medians of interleaved "
+        f"Measured by `make bench` on {describe_as_sentence(reports['inference']['machine'])}. Medians of interleaved "
         "rounds with the lowest and the highest; the same random weights and images for all. GB are 10^9 bytes of "
-        "peak memory above the imports, each figure from a process of its own.",
+        "peak memory above the imports, each value from a process of its own.",
         inference_table(reports["inference"]),
         runtimes_table(reports["runtimes"]),
         training_table(reports["training"], reports["memory"]),
@@ -95,7 +95,12 @@ def as_markdown(reports: dict[str, Report]) -> str:
 
 def inference_table(report: Report) -> str:
     rows = [
-        [in_words(row["candidate"]), shown(row["seconds"]), shown(row["times_as_fast"]), f"{row['difference_px']:.1g}"]
+        [
+            describe_candidate(row["candidate"]),
+            shown(row["seconds"]),
+            shown(row["times_as_fast"]),
+            f"{row['difference_px']:.1g}",
+        ]
         for row in report["results"]
     ]
     head = ["", "seconds a pair", "times as fast as torchvision", "flow differs by at most, px"]
@@ -122,7 +127,7 @@ def training_table(times: Report, memory: Report) -> str:
         peak = peaks[row["candidate"]]
         rows.append(
             [
-                in_words(row["candidate"]), shown(row["seconds"]), shown(row["times_as_fast"]),
+                describe_candidate(row["candidate"]), shown(row["seconds"]), shown(row["times_as_fast"]),
                 shown(peak["peak_gb"]), f"{peak['share']['median']:.0%}",
             ]
         )  # fmt: skip
@@ -133,17 +138,21 @@ def training_table(times: Report, memory: Report) -> str:
 
 
 def on_demand_table(report: Report) -> str:
-    size = size_in_words(report["settings"]["height"], report["settings"]["width"])
+    size = describe_size(report["settings"]["height"], report["settings"]["width"])
     rows = []
     for row in report["results"]:
         times = shown(row["times_as_fast"])
-        rows.append([in_words(row["candidate"]), size, shown(row["seconds"]), times, f"{row['first_gb']:.1f}"])
+        rows.append(
+            [describe_candidate(row["candidate"]), size, shown(row["seconds"]), times, f"{row['first_gb']:.1f}"]
+        )
         rows[-1].append(f"{row['peak_gb']:.1f}")
     for row in report["left_out"]:
-        rows.append([in_words(row["candidate"]), size, "", "", f"would take about {row['needed_gb']:.0f}", ""])
+        rows.append(
+            [describe_candidate(row["candidate"]), size, "", "", f"would take about {row['needed_gb']:.0f}", ""]
+        )
     largest, settings = report["largest"], report["settings"]
-    large_size = size_in_words(*settings["largest"])
-    rows.append([in_words(largest["candidate"]), large_size, f"{largest['seconds']:.1f}", "", ""])
+    large_size = describe_size(*settings["largest"])
+    rows.append([describe_candidate(largest["candidate"]), large_size, f"{largest['seconds']:.1f}", "", ""])
     rows[-1][4:] = [f"{largest['first_gb']:.1f}", ""]
     peer = next((row["candidate"] for row in report["results"]), "")
     ratio = "times as fast as torchvision" if peer.startswith("torchvision") else "times as fast as the first"
@@ -182,20 +191,20 @@ def largest_difference(reports: dict[str, Report]) -> float:
 
 def setting(report: Report) -> str:
     settings = report["settings"]
-    size = size_in_words(settings["height"], settings["width"])
+    size = describe_size(settings["height"], settings["width"])
     return f"{size}, {settings['num_flow_updates']} updates, {settings['runs']} rounds"
 
 
-def size_in_words(height: int, width: int) -> str:
+def describe_size(height: int, width: int) -> str:
     return f"{height}x{width}"
 
 
-def in_words(candidate: str) -> str:
-    """A candidate's name as a reader says it."""
+def describe_candidate(candidate: str) -> str:
+    """Describe a candidate by its name, for a table."""
     library, size, precision, *options = candidate.split(" ")
-    words = {"checkpointing": "activation checkpointing", "on_demand": "on demand", "graph": "CUDA graph"}
+    descriptions = {"checkpointing": "activation checkpointing", "on_demand": "on demand", "graph": "CUDA graph"}
     names = ["torchvision" if library == "torchvision" else "this project", size, precision]
-    return ", ".join([*names, *(words.get(option, option) for option in options)])
+    return ", ".join([*names, *(descriptions.get(option, option) for option in options)])
 
 
 def shown(values: dict[str, float]) -> str:

@@ -21,8 +21,8 @@ def plot_pixels(report: dict[str, Any]) -> Figure:
     figure = _new_figure(2)
     updates = report["settings"]["num_flow_updates"]
     panels = (("seconds", f"seconds a pair, {updates} updates"), ("first_gb", "peak memory of a pair, GB"))
-    for number, (key, title) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, 2, number, title=title, xlabel="millions of pixels", gid=f"pixels/{key}")
+    for index, (key, title) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 2, index, title=title, xlabel="millions of pixels", gid=f"pixels/{key}")
         axes.set_xscale("log")
         axes.set_yscale("log")
         _draw(axes, points, key)
@@ -39,8 +39,8 @@ def plot_updates(report: dict[str, Any]) -> Figure:
         ("training", "seconds", "seconds of a training step, one pair"),
         ("training", "peak_gb", "peak memory of training, one pair, GB"),
     )
-    for number, (series, key, title) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, 3, number, title=title, xlabel="updates", gid=f"{series}/{key}")
+    for index, (series, key, title) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 3, index, title=title, xlabel="updates", gid=f"{series}/{key}")
         _draw(axes, [point | {"x": point["num_flow_updates"]} for point in report[series]], key)
         axes.set_ylim(bottom=0)
     return _with_legend(figure)

@@ -99,10 +99,11 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
         )
     per_device = args.per_device_train_batch_size or max(args.total_batch_size // training_args.world_size, 1)
-    passes, rest = divmod(args.total_batch_size, per_device * training_args.world_size)
+    accumulation_steps, rest = divmod(args.total_batch_size, per_device * training_args.world_size)
     if rest:
         sys.exit(f"--total_batch_size {args.total_batch_size} is no multiple of processes x {per_device}")
-    training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps = per_device, passes
+    training_args.per_device_train_batch_size = per_device
+    training_args.gradient_accumulation_steps = accumulation_steps
 
     try:
         model = load_raft(args.model_name_or_path, num_flow_updates=args.num_flow_updates)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # takes a second, and the command line needs the names of the
 logger = logging.getLogger(__name__)
 
 PASSES = {"clean": "cleanpass", "final": "finalpass"}
-MIDDLEBURY_WITHOUT_TRUTH = {"Beanbags", "DogDance", "MiniCooper", "Walking"}  # kept for interpolation
+MIDDLEBURY_WITHOUT_GROUND_TRUTH = {"Beanbags", "DogDance", "MiniCooper", "Walking"}  # kept for interpolation
 
 
 def flying_chairs(root: str | os.PathLike[str], split: str) -> Dataset:
@@ -222,7 +222,7 @@ def middlebury(root: str | os.PathLike[str], split: str) -> Dataset:
     for scene in listing(flow_root, frame_root):
         frames = files(f"{frame_root}/{scene}", r"frame(10|11)\.png")
         flow = files(f"{flow_root}/{scene}", r"flow(10)\.flo").get("10")
-        if flow or scene not in MIDDLEBURY_WITHOUT_TRUTH:
+        if flow or scene not in MIDDLEBURY_WITHOUT_GROUND_TRUTH:
             pairs.append(Pair(scene, frames.get("10"), frames.get("11"), flow))
     layout = f"SCENE/flow10.flo, and frame10.png, frame11.png in {frame_root}/SCENE"
     return to_dataset("middlebury", [pair for pair in pairs if any(pair[1:])], flow_root, layout)

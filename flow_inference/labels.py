@@ -34,7 +34,7 @@ from modeling_raft.frames_raft import FrameConverter, describe
 ABSOLUTE_TOLERANCE = 4.0
 LOWEST_SHARE = 0.1  # of valid pixels; a pair with fewer has nothing in common, as at a scene cut
 TABLE, RECORD = "pairs.csv", "labels.json"  # the table is written last: with it, the labels are complete
-SETTINGS = {  # of labels in a folder, in words
+SETTINGS = {  # of labels in a folder, and how messages describe them
     "teacher": "model",
     "teacher_sha256": "state of the model's weights",
     "intensity_range": "--intensity_range",
@@ -215,10 +215,10 @@ def _label_clips(
 ) -> None:
     """Label the planned pairs that have no record yet, and add their records."""
     with tqdm(total=len(planned), desc="labels", unit="pair") as bar:
-        for number, clip in enumerate(clips):
+        for index, clip in enumerate(clips):
             wanted: dict[int, list[int]] = {}
             for pair in planned:
-                if pair.clip == number:
+                if pair.clip == index:
                     wanted.setdefault(pair.start, []).append(pair.gap)
             if not wanted:
                 continue
@@ -229,11 +229,11 @@ def _label_clips(
                 FrameConverter(settings["intensity_range"] and tuple(settings["intensity_range"])),
             )
             for start, end, gap, frame1, frame2 in find_pairs(frames, wanted):
-                record = records.get((number, start, gap))
+                record = records.get((index, start, gap))
                 if record is None:
-                    record = {"clip": number, "name": clip.name, "start": start, "end": end, "gap": gap}
+                    record = {"clip": index, "name": clip.name, "start": start, "end": end, "gap": gap}
                     record |= _label(estimator, detectors[gap], record, frame1, frame2, folder, settings)
-                    records[number, start, gap] = record
+                    records[index, start, gap] = record
                     with atomic_write(folder / RECORD) as partial:
                         partial.write_text(json.dumps({"settings": settings, "pairs": list(records.values())}))
                 if record["error"] is not None:

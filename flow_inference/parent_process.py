@@ -10,7 +10,7 @@ def is_accelerate_launch() -> bool:
     For one process, it neither passes signals on nor sets a variable.
     """
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        argv = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except (OSError, ValueError):
         return False
-    return any("accelerate" in word for word in words) and any("launch" in word for word in words)
+    return any("accelerate" in argument for argument in argv) and any("launch" in argument for argument in argv)

@@ -41,7 +41,7 @@ def measure_motion(pair: VideoFlow) -> PairMotion:
 
 
 def describe_timeline(pairs: Sequence[PairMotion], frame_rate: Fraction | float) -> str:
-    """Describe a timeline in words: for those who do not see it, and as a caption.
+    """Describe a timeline as text, for those who do not see it and as a caption.
 
     Args:
         pairs: In the order of time.

@@ -21,7 +21,7 @@ from flow_data.visualize import (
 
 WHITE_ERROR = 3.0  # pixels; Fl counts errors from there on
 UNKNOWN_ERROR = (60, 80, 150)  # blue, since errors are gray
-TITLES = ("frame 1", "true flow", "predicted flow", "error")
+TITLES = ("frame 1", "ground truth", "predicted flow", "error")
 WIDTH_OF_SCALE_1 = 400  # wider images get larger text, as they are shown smaller
 BAR_SIZE = (12, 120)  # height and width of the scale of errors in pixels, at scale 1
 
@@ -34,7 +34,7 @@ def draw_comparison(
     max_length: float | None = None,
     white_error: float = WHITE_ERROR,
 ) -> np.ndarray:
-    """Draw frame 1, true flow, predicted flow on the same scale, and the error, side by side.
+    """Draw frame 1, ground truth, predicted flow on the same scale, and the error, side by side.
 
     Args:
         image1: `(H, W, 3)` uint8.

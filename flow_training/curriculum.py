@@ -127,8 +127,8 @@ def read_curriculum(
     common = _to_flags(content, ("resume_from_checkpoint", "output_dir"), str(path))
 
     stages: list[Stage] = []
-    for number, entry in enumerate(entries, 1):
-        where = f"{path}: stage {number}"
+    for index, entry in enumerate(entries, 1):
+        where = f"{path}: stage {index}"
         config_path = _text(check_keys(entry, ("config", "name", "flags"), where), "config", where)
         if config_path is None:
             raise ValueError(f"{where} must have a config")
@@ -251,17 +251,17 @@ def run_curriculum(curriculum: Curriculum, again: str) -> int:
         The exit code: 0, or that of the stage that failed, was stopped, or was trained but not uploaded.
     """
     first, exit_code = curriculum.first_to_train(), 0
-    for number, (stage, state) in enumerate(zip(curriculum.stages, curriculum.states(), strict=True), 1):
-        if number <= first:
+    for index, (stage, state) in enumerate(zip(curriculum.stages, curriculum.states(), strict=True), 1):
+        if index <= first:
             hint = "" if state == "done" else f", as {curriculum.stages[first - 1].name} is done"
-            _report(f"stage {number}, {stage.name}: {state}{hint}")
+            _report(f"stage {index}, {stage.name}: {state}{hint}")
             for line in stage.changed_settings() if state == "done" else []:
                 _report(f"  {line}")
     with SignalForwarder(TRAINER, PROG, again) as signals:
-        for number, stage in list(enumerate(curriculum.stages, 1))[first:]:
+        for index, stage in list(enumerate(curriculum.stages, 1))[first:]:
             if signals.signal is not None:
                 return 128 + signals.signal
-            _report(f"stage {number} of {len(curriculum.stages)}, {stage.name}: {stage.state()}")
+            _report(f"stage {index} of {len(curriculum.stages)}, {stage.name}: {stage.state()}")
             launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *curriculum.launch]
             code = signals.run([*launcher, str(TRAINER), *stage.arguments])
             if signals.signal is not None and not (code == 0 and stage is curriculum.stages[-1] and stage.is_done()):

@@ -136,9 +136,9 @@ def check_teacher(
         images = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float()
         wrong = labels + torch.tensor(DISPLACEMENT).reshape(1, 2, 1, 1)
         mask = mask & warp(images, wrong)[1] & warp(images, flow)[1]
-        for number, candidate in enumerate((labels, flow, wrong)):
+        for index, candidate in enumerate((labels, flow, wrong)):
             total, pixels = census_error(images, images.flip(0), candidate, mask)
-            sums[number] += total
+            sums[index] += total
         count += pixels
         total_pixels += mask.numel()
     teacher, own, displaced = (sums / max(count, 1)).tolist()
@@ -195,12 +195,12 @@ def check_student(
         flows = [predict_both(model, frames, num_flow_updates) for model in (before, after)]
         inside = warp(flows[0], flows[0])[1]
         matched = inside & ~is_occluded(flows[0], flows[0].flip(0), ABSOLUTE_TOLERANCE) & warp(images, flows[1])[1]
-        for number, flow in enumerate(flows):
+        for index, flow in enumerate(flows):
             error = torch.linalg.vector_norm(flow - labels, dim=1)
             failing = is_occluded(flow, flow.flip(0)) & inside
-            totals["distance"][number] += float(error[valid].double().sum()), int(valid.sum())
-            totals["census"][number] += census_error(images, images.flip(0), flow, matched)
-            totals["failing"][number] += int(failing.sum()), int(inside.sum())
+            totals["distance"][index] += float(error[valid].double().sum()), int(valid.sum())
+            totals["census"][index] += census_error(images, images.flip(0), flow, matched)
+            totals["failing"][index] += int(failing.sum()), int(inside.sum())
     means = {name: (total[:, 0] / np.maximum(total[:, 1], 1)).tolist() for name, total in totals.items()}
     distance, census, failing = means.values()
     reasons = []

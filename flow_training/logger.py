@@ -32,12 +32,12 @@ class NotFiniteError(ArithmeticError):
     Args:
         step: Of the run, from 1.
         what: "loss" or "gradient".
-        numbers: Numbers of this process's samples that may have caused it.
+        indices: Indices of this process's samples that may have caused it.
     """
 
-    def __init__(self, step: int, what: str, numbers: list[int]):
+    def __init__(self, step: int, what: str, indices: list[int]):
         super().__init__(f"the {what} of step {step} is not finite")
-        self.step, self.what, self.numbers = step, what, numbers
+        self.step, self.what, self.indices = step, what, indices
 
 
 class NothingLearnedError(ArithmeticError):
@@ -46,9 +46,9 @@ class NothingLearnedError(ArithmeticError):
 
 @dataclass
 class _Step:
-    """The forward passes of one optimizer step on this process."""
+    """The micro-batches of one optimizer step on this process."""
 
-    numbers: list[list[int]] = field(default_factory=list)  # of the samples of each pass
+    indices: list[list[int]] = field(default_factory=list)  # of the samples of each micro-batch
     losses: list[Tensor] = field(default_factory=list)
     totals: list[Tensor] = field(default_factory=list)
     grad_norm: Tensor | None = None
@@ -69,16 +69,16 @@ class PendingSteps:
         self._open = _Step()
         self._names: list[str] = []
 
-    def add_micro_batch(self, numbers: list[int], loss: Tensor, totals: dict[str, Tensor]) -> None:
-        """Add a forward pass of the current step.
+    def add_micro_batch(self, indices: list[int], loss: Tensor, totals: dict[str, Tensor]) -> None:
+        """Add a micro-batch of the current step.
 
         Args:
-            numbers: Of its samples.
+            indices: Of its samples.
             loss: Scalar, detached.
             totals: Of `flow_training.objectives.ObjectiveOutput`.
         """
         self._names = list(totals)
-        self._open.numbers.append(numbers)
+        self._open.indices.append(indices)
         self._open.losses.append(loss)
         self._open.totals.append(torch.stack(list(totals.values())))
 
@@ -128,9 +128,9 @@ class PendingSteps:
 
 
 def _suspects(step: _Step, what: str) -> list[int]:
-    """Samples of the passes whose loss is not finite; for a gradient, all samples of the step."""
-    passes = zip(step.numbers, step.losses, strict=True)
-    return [number for numbers, loss in passes if what == "gradient" or not loss.isfinite() for number in numbers]
+    """Return the samples of the micro-batches whose loss is not finite; for a gradient, all samples of the step."""
+    micro_batches = zip(step.indices, step.losses, strict=True)
+    return [index for indices, loss in micro_batches if what == "gradient" or not loss.isfinite() for index in indices]
 
 
 class MetricLogger:

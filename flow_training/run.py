@@ -80,13 +80,13 @@ def describe_run(run: Run) -> str:
     start = config.model_name_or_path or "random weights"
     frozen = ", BatchNorm frozen" if config.freeze_batch_norm else ""
     mix = [f"{source.name}: {len(source.dataset):,} pairs x {source.repeats}" for source in pairs.sources]
-    per_pass, processes = config.per_device_train_batch_size, run.accelerator.num_processes
+    per_micro_batch, processes = config.per_device_train_batch_size, run.accelerator.num_processes
     done = f", of which {run.progress.step:,} are done" if run.progress.step else ""
     lines = [
         f"model       RAFT {config.model_size}, {model.num_parameters():,} parameters, from {start}{frozen}",
         f"data        {'; '.join(mix)}: an epoch is {len(pairs):,} samples",
-        f"batch       {config.total_batch_size} pairs a step = {per_pass} a pass x {accumulation_steps} passes x "
-        f"{processes} process{'es' if processes > 1 else ''}",
+        f"batch       {config.total_batch_size} pairs a step = {per_micro_batch} a micro-batch x {accumulation_steps} "
+        f"micro-batches x {processes} process{'es' if processes > 1 else ''}",
         f"steps       {config.max_train_steps:,}{done}: {samples:,} samples, {samples / len(pairs):.1f} epochs "
         f"of {config.crop_size[0]} x {config.crop_size[1]} crops",
         f"precision   {config.mixed_precision}, on {describe_devices(run.accelerator)}",
@@ -176,7 +176,7 @@ def handle_failure(error: Exception, run: Run | None, config: TrainingConfig, ar
             run.accelerator.wait_for_everyone()
             run.accelerator.end_training()
             sys.exit(128 + error.signal)
-        message = _explain(error, run)
+        message = describe_failure(error, run)
         # Only one process may have found what is wrong with data or files.
         alone = (DataError, ResumeError, OSError)
         if message is not None and not run.accelerator.is_main_process and not isinstance(error, alone):
@@ -189,10 +189,10 @@ def handle_failure(error: Exception, run: Run | None, config: TrainingConfig, ar
     sys.exit(f"{PROG}: error: {message}\n{resume_command(argv, output_dir)}")
 
 
-def _explain(error: Exception, run: Run) -> str | None:
-    """Say what has ended the training, after saving what can be saved; None if memory ran out or nobody foresaw it."""
+def describe_failure(error: Exception, run: Run) -> str | None:
+    """Save what can be saved, and describe what ended the training; None if memory ran out or nobody foresaw it."""
     if isinstance(error, NotFiniteError):
-        suspects = gather_object(error.numbers)
+        suspects = gather_object(error.indices)
         if not run.accelerator.is_main_process:
             return ""
         path, ids = save_samples(run.pairs, suspects, Path(run.config.output_dir), error.step)

@@ -1,4 +1,4 @@
-"""A made-up video whose flow, and what is occluded, is known exactly: discs that glide over a gliding background."""
+"""A synthetic video whose flow, and what is occluded, is known exactly: discs that glide over a gliding background."""
 
 from typing import NamedTuple
 
@@ -35,10 +35,10 @@ def moving_shapes(
         layer = np.zeros((height, width), int)
         for number, ((u, v), texture) in enumerate(zip(velocities, textures, strict=True)):
             left, top = margin - t * u, margin - t * v
-            picture = texture[top : top + height, left : left + width]
+            image = texture[top : top + height, left : left + width]
             centre_x, centre_y = starts[number][0] + t * u, starts[number][1] + t * v
             inside = (x - centre_x) ** 2 + (y - centre_y) ** 2 <= radius**2 if number else np.ones_like(x, bool)
-            frame[inside], layer[inside] = picture[inside], number
+            frame[inside], layer[inside] = image[inside], number
         frames.append(frame)
         layers.append(layer)
     flows, occluded = [], []

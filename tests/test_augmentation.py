@@ -505,8 +505,8 @@ def test_the_probe_stands_for_the_frame(seed):
     """Its mean is the frame's within four standard errors, before and after any adjustments."""
     rng = np.random.default_rng(seed)
     noise = random_sample((400, 500), seed).image1
-    picture = render_pair(SyntheticOptions(image_size=(400, 500)), seed=seed, index=0).sample.image1
-    for frame in (noise, picture):
+    image = render_pair(SyntheticOptions(image_size=(400, 500)), seed=seed, index=0).sample.image1
+    for frame in (noise, image):
         probe = take_probe(frame)
         assert PROBE_PIXELS <= len(probe) < 2 * PROBE_PIXELS
         adjustments = draw_adjustments(rng, DENSE_JITTER)

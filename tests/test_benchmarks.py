@@ -32,7 +32,7 @@ from benchmarks.agreement import check_flows, check_losses, estimate_flows
 from benchmarks.candidates import Candidate, make_pairs
 from benchmarks.cost import Job
 from benchmarks.floor import count_work, floor_seconds, measure_ceilings
-from benchmarks.machine import describe_machine, machine_in_words
+from benchmarks.machine import describe_as_sentence, describe_machine
 from benchmarks.memory_needed import estimate_bytes, fits
 from benchmarks.own_process import in_new_process, peak_bytes, resident_bytes
 from benchmarks.rounds import spread, time_in_rounds, times_as_fast
@@ -65,7 +65,7 @@ def row(name: str, **metrics) -> dict:
 
 @pytest.fixture
 def results(tmp_path):
-    """Made-up results of every benchmark, as files; a function writes them again with changes."""
+    """Synthetic results of every benchmark, as files; a function writes them again with changes."""
     machine = describe_machine()
     settings = {"runs": 3, "height": 384, "width": 512, "num_flow_updates": 12, "device": "cpu"}
     names = ["torchvision large fp32", "ours large fp32"]
@@ -100,7 +100,7 @@ def results(tmp_path):
             "training": [row(names[0], num_flow_updates=4, seconds=three(1), first_gb=1.0, peak_gb=2.0)],
         },
         "data": {
-            "results": [{"dataset": "chairs", "content": "made up",
+            "results": [{"dataset": "chairs", "content": "synthetic",
                          "whole": {"ours_per_s": 131.2, "baseline_per_s": 32.1, "ratio": 4.06}}]
         },
     }  # fmt: skip
@@ -127,8 +127,8 @@ def test_the_report_replaces_what_is_between_the_markers_and_nothing_else(result
     assert "old table" not in text
     report.main(arguments)
     assert page.read_text(encoding="utf-8") == text
-    pictures = {path.name for path in (tmp_path / "docs").iterdir()}
-    assert pictures == {"scaling_pixels.png", "scaling_updates.png"}
+    images = {path.name for path in (tmp_path / "docs").iterdir()}
+    assert images == {"scaling_pixels.png", "scaling_updates.png"}
 
 
 def test_tables_have_the_results(results):
@@ -286,8 +286,8 @@ def test_rounds_take_turns_after_one_that_does_not_count():
 
 def test_the_machine_is_described_without_its_name():
     machine = describe_machine()
-    words = machine_in_words(machine)
-    assert f"torch {torch.__version__.split('+')[0]}" in words and f"{machine['cores']} cores" in words
+    sentence = describe_as_sentence(machine)
+    assert f"torch {torch.__version__.split('+')[0]}" in sentence and f"{machine['cores']} cores" in sentence
     assert machine["gpu"] is None and machine["memory_gb"] > 0
 
 

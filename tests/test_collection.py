@@ -92,11 +92,11 @@ def undisturbed(model, inputs, tmp_path_factory) -> dict[str, str]:
     return checksums(output)
 
 
-def run_command(*words: object) -> int:
+def run_command(*arguments: object) -> int:
     """Run predict_flow.py in this process, and return its exit code; a message counts as 1."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        predict_flow.main([str(word) for word in words])
+        predict_flow.main([str(argument) for argument in arguments])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     finally:
@@ -223,7 +223,7 @@ def test_mistakes_are_errors_before_anything_is_computed(model, inputs, tmp_path
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.txt").write_bytes("é.mp4".encode("latin-1"))
     (tmp_path / "notes.odt").touch()
-    for words, message in (
+    for arguments, message in (
         ([twin], "clip.avi and .*clip.mp4 would both be written to 'clip'"),
         ([twin / "clip.mp4", twin / "deep" / "clip.mp4"], "would both be written to 'clip'"),
         ([inputs / "frames", inputs / "long.mp4", "--output", inputs / "frames" / "out"], "written into what is read"),
@@ -249,7 +249,7 @@ def test_mistakes_are_errors_before_anything_is_computed(model, inputs, tmp_path
         ([*(inputs / "frames").glob("f[89].png"), "--format", "h5"], "is an image; for .* give the folder of frames"),
         ([inputs / "long.mp4", "--format", "h5", "--occlusion"], "with format h5 use confidence"),
     ):  # fmt: skip
-        argv = [str(word) for word in words]
+        argv = [str(argument) for argument in arguments]
         argv += [] if "--output" in argv else ["--output", str(tmp_path / "out")]
         with pytest.raises(SystemExit) as error:
             predict_flow.main([*argv, "--model", model.folder])
@@ -585,7 +585,7 @@ def test_processes_that_are_killed_and_started_again_leave_the_same_outputs(mode
     def start() -> subprocess.Popen:
         command = [*launch, "--main_process_port", free_port(), *argv, "--report", tmp_path / "report.json"]
         return subprocess.Popen(
-            [str(word) for word in command],
+            [str(argument) for argument in command],
             env=environment(),
             cwd=PROJECT,
             stdout=subprocess.PIPE,
@@ -640,8 +640,8 @@ def test_a_process_ends_with_its_launcher(model, inputs, tmp_path):
     launcher.write_text("import subprocess, sys; subprocess.run(sys.argv[2:])")
     many = "--num_flow_updates 500 --mixed_precision no".split()
     argv = [PROJECT / "predict_flow.py", inputs / "long.mp4", "--output", tmp_path, "--model", model.folder, *many]
-    words = [sys.executable, launcher, "launch", sys.executable, *argv]
-    process = subprocess.Popen([str(word) for word in words], env=environment(), cwd=PROJECT)
+    arguments = [sys.executable, launcher, "launch", sys.executable, *argv]
+    process = subprocess.Popen([str(argument) for argument in arguments], env=environment(), cwd=PROJECT)
     wait_for(lambda: list(tmp_path.glob(".flow_state/partial/*")), process)
     (child,) = psutil.Process(process.pid).children()
     process.terminate()

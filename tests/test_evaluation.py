@@ -252,11 +252,11 @@ def test_batches_change_nothing(batch_size, model_dir, monkeypatch):
     rows = []
     for number, (height, width) in enumerate([(64, 72)] * 3 + [(80, 64)] * 2 + [(64, 72)]):
         images = [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(2)]
-        truth = {
+        ground_truth = {
             "flow": rng.normal(size=(height, width, 2)).astype(np.float32),
             "valid": rng.random((height, width)) < 0.7,
         }
-        rows.append({"id": str(number), "image1": images[0], "image2": images[1], "flow": truth})
+        rows.append({"id": str(number), "image1": images[0], "image2": images[1], "flow": ground_truth})
     model, seen = load_raft(model_dir), Seen(monkeypatch)
     one = evaluate(model, rows, DATASETS["middlebury"].protocol, Accelerator(), num_flow_updates=2)
     assert [len(pixels) for pixels, _, _ in seen] == [1] * 6
@@ -370,8 +370,8 @@ def test_protocol_of_kitti_pads_the_bottom(monkeypatch, model_dir):
         RaftForOpticalFlow, "forward", lambda self, pixel_values, **kwargs: seen.append(pixel_values) or 1 / 0
     )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 77, 3), dtype=np.uint8))
-    truth = {"flow": np.zeros((70, 77, 2), np.float32), "valid": np.ones((70, 77), bool)}
-    row = {"id": "x", "image1": image, "image2": image, "flow": truth}
+    ground_truth = {"flow": np.zeros((70, 77, 2), np.float32), "valid": np.ones((70, 77), bool)}
+    row = {"id": "x", "image1": image, "image2": image, "flow": ground_truth}
     for name in ("kitti_2015", "sintel_clean"):
         with pytest.raises(ZeroDivisionError):
             evaluate(model, [row], DATASETS[name].protocol, Accelerator())

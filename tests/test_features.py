@@ -199,7 +199,7 @@ def test_parquet_is_self_contained(tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_parquet_keeps_stride_and_meaning(tmp_path, streaming):
-    """Spring's truth is finer than its frames, TartanAir's masks have 0 for valid."""
+    """Spring's ground truth is finer than its frames, TartanAir's masks have 0 for valid."""
     write_flow(tmp_path / "fine.pfm", FINE_FLOW)
     mask = write_mask(tmp_path / "mask.png", zero_is_valid=True)
     features = Features({"flow": OpticalFlow(stride=2), "valid": ValidMask(zero_is_valid=True)})

@@ -45,10 +45,10 @@ def test_trains_as_train_flow_does(tmp_path):
     result = train(tmp_path / "script", **settings, **dict.fromkeys(others), synthetic_num_pairs=synthetic)
     assert result.returncode == 0, result.stderr
 
-    words = ["--output_dir", str(tmp_path / "trainer")]
+    arguments = ["--output_dir", str(tmp_path / "trainer")]
     for name, value in settings.items():
-        words += [f"--{name}", *([value] if value.startswith("{") else value.split())]
-    result = subprocess.run([sys.executable, PROJECT / "examples" / "finetune_with_trainer.py", *words],
+        arguments += [f"--{name}", *([value] if value.startswith("{") else value.split())]
+    result = subprocess.run([sys.executable, PROJECT / "examples" / "finetune_with_trainer.py", *arguments],
                             capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=300)  # fmt: skip
     assert result.returncode == 0, result.stderr
 
@@ -89,4 +89,4 @@ def test_mistakes_are_named(tmp_path, monkeypatch, changes, said):
     flags = {"--model_name_or_path": str(tmp_path / "start"), "--output_dir": str(tmp_path / "out"),
              "--train_mix": "{pairs: 1}"}  # fmt: skip
     with pytest.raises(SystemExit, match=said):
-        main([word for flag in (flags | changes).items() for word in flag])
+        main([argument for flag in (flags | changes).items() for argument in flag])

@@ -150,7 +150,7 @@ def test_flow_that_its_format_cannot_hold_is_named(tmp_path):
     assert write_flow(tmp_path / "c.flo", flow, np.zeros((5, 7), bool)) == 0  # nothing was to be written
 
 
-def test_loss_in_words():
+def test_loss_is_described():
     assert describe_loss(0.1234, ".png") == (
         "12.3 % of the pixels could not be written as KITTI PNG (range -512 to 512 px)"
     )
@@ -333,7 +333,7 @@ def test_refused_write_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flow", "valid", "fault"),
+    ("flow", "valid", "message"),
     [
         (np.zeros((2, 4, 5), np.float32), None, r"\(H, W, 2\); got \(2, 4, 5\)"),
         (np.zeros((4, 5), np.float32), None, r"got \(4, 5\)"),
@@ -345,8 +345,8 @@ def test_refused_write_leaves_the_old_file(tmp_path):
         (np.broadcast_to(np.float32(0), (MAX_PIXELS, 2, 2)), None, "at most"),
     ],
 )
-def test_arrays_that_are_no_flow_are_refused(flow, valid, fault):
-    with pytest.raises(ValueError, match=fault):
+def test_arrays_that_are_no_flow_are_refused(flow, valid, message):
+    with pytest.raises(ValueError, match=message):
         encode_flow(flow, valid, ".flo")
 
 
@@ -460,7 +460,7 @@ NPY_2X3 = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 2), }\n"
 
 
 @pytest.mark.parametrize(
-    ("suffix", "data", "fault"),
+    ("suffix", "data", "message"),
     [
         (".flo", b"", "not a .flo"),
         (".flo", FLO[:10], "truncated"),
@@ -583,10 +583,10 @@ NPY_2X3 = "{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, 2), }\n"
         (".npz", patched(npz(zipfile.ZIP_DEFLATED, flow=bytes(2**26)), b"PK\1\2", 24, struct.pack("<I", 9)), "CRC"),
     ],
 )
-def test_damage_is_named(tmp_path, suffix, data, fault, capfd):
+def test_damage_is_named(tmp_path, suffix, data, message, capfd):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=fault) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_flow(path)
     assert str(path) in str(error.value)
     assert capfd.readouterr().err == ""  # OpenCV warns there

@@ -287,9 +287,9 @@ def test_any_kitti_flow_makes_it_sparse_as_in_files(tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_columns_of_others_are_read_or_refused_alike(folder, tmp_path, streaming):
-    """Pictures as bare bytes are taken; flow as numbers is not."""
+    """Images as bare bytes are taken; flow as numbers is not."""
     table = pq.read_table(folder / "data").drop_columns(["id", "valid"])
-    bare = [picture["bytes"] for picture in table["image1"].to_pylist()]
+    bare = [image["bytes"] for image in table["image1"].to_pylist()]
     (tmp_path / "bare").mkdir()
     pq.write_table(table.set_column(0, "image1", pa.array(bare)), tmp_path / "bare" / "train.parquet")
     rows = load_hub_dataset(str(tmp_path / "bare"), streaming=streaming)

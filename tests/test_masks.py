@@ -100,7 +100,7 @@ RGB = PIL.Image.fromarray(np.zeros((4, 5, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "fault"),
+    ("name", "data", "message"),
     [
         ("a.png", b"", "not a PNG"),
         ("a.png", NPY, "not a PNG"),
@@ -127,8 +127,8 @@ RGB = PIL.Image.fromarray(np.zeros((4, 5, 3), np.uint8))
         ("a.npy", npy(EXAMPLE[0]), r"\(7,\)"),
     ],
 )
-def test_damage_is_named(name, data, fault, capfd):
-    with pytest.raises(ValueError, match=fault) as error:
+def test_damage_is_named(name, data, message, capfd):
+    with pytest.raises(ValueError, match=message) as error:
         decode_mask(data, f"folder/{name}")
     assert f"folder/{name}" in str(error.value)
     assert capfd.readouterr().err == ""  # OpenCV warns there
@@ -178,7 +178,7 @@ def test_random_damage_never_crashes(name, original, data):
 
 
 @pytest.mark.parametrize(
-    ("mask", "fault"),
+    ("mask", "message"),
     [
         (EXAMPLE.astype(np.uint8), r"got uint8 \(5, 7\)"),
         (EXAMPLE[None], r"got bool \(1, 5, 7\)"),
@@ -186,6 +186,6 @@ def test_random_damage_never_crashes(name, original, data):
         ([[True]], "got list"),
     ],
 )
-def test_arrays_that_are_no_mask_are_refused(mask, fault):
-    with pytest.raises(ValueError, match=fault):
+def test_arrays_that_are_no_mask_are_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
         encode_mask(mask)

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 HEIGHT, WIDTH = 128, 168
-PATIENCE = 120_000  # ms; what is waited for takes a second or two on an idle machine
+TIMEOUT = 120_000  # ms; what is waited for takes a second or two on an idle machine
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
@@ -113,7 +113,7 @@ def visit(server, browser) -> Iterator[Callable]:
         context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(PATIENCE)
+        page.set_default_timeout(TIMEOUT)
         page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{server[0]}?__theme={theme}")
@@ -142,16 +142,16 @@ def compute_flow(page, first: Path, second: Path) -> None:
 
 def text_of(page, selector: str, pattern: str) -> str:
     """The text of an element, once it matches."""
-    sync_api.expect(page.locator(selector)).to_have_text(re.compile(pattern), timeout=PATIENCE)
+    sync_api.expect(page.locator(selector)).to_have_text(re.compile(pattern), timeout=TIMEOUT)
     return page.locator(selector).inner_text()
 
 
-def predict(*words: object) -> None:
-    predict_flow.main([str(word) for word in words])
+def predict(*arguments: object) -> None:
+    predict_flow.main([str(argument) for argument in arguments])
 
 
 def save_download(page, button: str, path: Path) -> bytes:
-    with page.expect_download(timeout=PATIENCE) as waiting:
+    with page.expect_download(timeout=TIMEOUT) as waiting:
         page.locator(f"#{button}").click()
     waiting.value.save_as(path)
     return path.read_bytes()
@@ -211,7 +211,7 @@ def test_views_and_keyboard(visit, files):
             before = page.locator("#caption").inner_text()
             page.locator("#view input").nth(number).focus()
             page.keyboard.press("Space")
-            sync_api.expect(page.locator("#caption")).not_to_have_text(before, timeout=PATIENCE)
+            sync_api.expect(page.locator("#caption")).not_to_have_text(before, timeout=TIMEOUT)
         captions.add(page.locator("#caption").inner_text())
         page.wait_for_function(
             "last => document.querySelectorAll('#slider img')[1]?.src.split('/').pop() !== last", arg=last
@@ -258,10 +258,10 @@ def test_wrong_frames(visit, files, server):
     page.locator("#file2 button[aria-label='Remove this file'], #file2 [aria-label='Clear']").first.click()
     page.locator("#file2 input[type=file]").set_input_files(str(files / "deep.tif"))
     page.wait_for_selector("#preview2 img")
-    sync_api.expect(page.locator("#file_message")).to_have_text("", timeout=PATIENCE)
+    sync_api.expect(page.locator("#file_message")).to_have_text("", timeout=TIMEOUT)
     page.locator("#compute").click()
     text_of(page, "#summary", "168 x 128")
-    sync_api.expect(page.locator("#pair_message")).to_have_text("", timeout=PATIENCE)
+    sync_api.expect(page.locator("#pair_message")).to_have_text("", timeout=TIMEOUT)
 
 
 class Malicious:
@@ -287,8 +287,8 @@ def test_weights_of_others_run_no_code(visit, files, tmp_path):
 
 def open_video(page, path: Path) -> None:
     page.get_by_role("tab", name="Video").click()
-    page.locator("#film input[type=file]").set_input_files(str(path))
-    page.wait_for_selector("#film video")
+    page.locator("#video input[type=file]").set_input_files(str(path))
+    page.wait_for_selector("#video video")
 
 
 def test_video(visit, files, tmp_path):
@@ -297,7 +297,7 @@ def test_video(visit, files, tmp_path):
     open_video(page, files / "clip.mp4")
     page.locator("#compute_video").click()
     page.wait_for_selector("#shown video")
-    page.wait_for_function("document.querySelector('#shown video').currentTime > 0.1", timeout=PATIENCE)
+    page.wait_for_function("document.querySelector('#shown video').currentTime > 0.1", timeout=TIMEOUT)
     size = page.evaluate("(video => [video.videoWidth, video.videoHeight])(document.querySelector('#shown video'))")
     assert size == [2 * WIDTH, HEIGHT]
     words = text_of(page, "#timeline p", "frames")
@@ -343,7 +343,7 @@ def test_wrong_video(visit, files):
     page.get_by_role("tab", name="Video").click()
     page.locator("#compute_video").click()
     text_of(page, "#video_message", "Give a video")
-    page.locator("#film input[type=file]").set_input_files(str(files / "text.mp4"))
+    page.locator("#video input[type=file]").set_input_files(str(files / "text.mp4"))
     page.wait_for_timeout(1000)
     page.locator("#compute_video").click()
     message = text_of(page, "#video_message", "text.mp4")
@@ -366,7 +366,7 @@ def test_uploads_and_results_are_deleted(files, browser, tmp_path):
     program = "import sys, app; app.KEEP_SECONDS, app.SWEEP_SECONDS = 20, 1; app.main(sys.argv[1:])"
     with serve(["-c", program], GRADIO_TEMP_DIR=str(tmp_path), TMPDIR=str(tmp_path)) as (url, _):
         page = browser.new_page()
-        page.set_default_timeout(PATIENCE)
+        page.set_default_timeout(TIMEOUT)
         page.goto(url)
         compute_flow(page, files / "first.png", files / "second.png")
         present = {path.name for path in tmp_path.rglob("*")}
@@ -421,7 +421,7 @@ def test_a_phone(visit, theme):
         box = page.locator(selector).bounding_box()
         assert 0 <= box["x"] and box["x"] + box["width"] <= 375 and box["width"] > 100, selector
     page.get_by_role("tab", name="Video").click()
-    page.wait_for_selector("#film")
+    page.wait_for_selector("#video")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     color = page.evaluate("getComputedStyle(document.querySelector('h1')).color")
     bright_text = sum(map(float, re.findall(r"[\d.]+", color)[:3])) > 384

@@ -33,7 +33,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def pair() -> VideoFlow:
-    """A pair with its true flow in both directions."""
+    """A pair with ground truth in both directions."""
     shapes = moving_shapes(2, 96, 128, [(3, -2), (-5, 4)])
     flow, backward = (torch.from_numpy(flow).permute(2, 0, 1) for flow in (shapes.flow[0], -shapes.flow[0]))
     both = flow[None], backward[None]

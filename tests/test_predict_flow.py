@@ -44,7 +44,7 @@ def job(tmp_path, model):
         outputs = model(**processor(list(frames), return_tensors="pt"), num_flow_updates=2)
     flow = processor.post_process_optical_flow(outputs, [(HEIGHT, WIDTH)])[0]["flow"].permute(1, 2, 0).numpy()
     arguments = ["--model", tmp_path / "model", tmp_path / "a.png", tmp_path / "b.png", "--num_flow_updates", 2]
-    return tmp_path, [str(word) for word in arguments], flow
+    return tmp_path, [str(argument) for argument in arguments], flow
 
 
 @pytest.fixture
@@ -194,14 +194,14 @@ def test_flow_that_a_kitti_file_cannot_hold_is_reported(clip, flows, capsys):
     """In one line: the mean share over the files, and what to do."""
     folder, _, arguments = clip
     flows += [far(0), far(0.5), far(0.25)]
-    words = [*arguments, str(folder / "frames"), "--output", str(folder / "flow"), "--format"]
-    predict_flow.main([*words, "kitti"])
+    argv = [*arguments, str(folder / "frames"), "--output", str(folder / "flow"), "--format"]
+    predict_flow.main([*argv, "kitti"])
     share = np.mean([round(share * HEIGHT) / HEIGHT for share in (0, 0.5, 0.25)])
     expected = f"{100 * share:.3g} % of the pixels could not be written as KITTI PNG (range -512 to 512 px): "
     assert capsys.readouterr().out.splitlines()[-1] == f"{expected}use --format flo (a file ending in .flo)"
     assert read_flow(folder / "flow" / "f9.png")[1].mean() == pytest.approx(1 - round(0.5 * HEIGHT) / HEIGHT)
-    predict_flow.main([*words, "flo"])
-    predict_flow.main([*words, "colour"])
+    predict_flow.main([*argv, "flo"])
+    predict_flow.main([*argv, "colour"])
     assert "could not be written" not in capsys.readouterr().out
 
 
@@ -236,9 +236,9 @@ def test_shared_frames_of_large_motion(sample_weights, tmp_path):
     if not folder.is_dir():
         pytest.skip(f"the problem inputs are not there: {folder}")
     frames = [str(folder / name) for name in ("a.jpg", "b.jpg")]
-    words = ["--model", str(sample_weights / "raft-small.pth"), *frames, "--max_side", "512", "--format", "kitti"]
+    argv = ["--model", str(sample_weights / "raft-small.pth"), *frames, "--max_side", "512", "--format", "kitti"]
     with pytest.raises(SystemExit, match=r"px, can be written as KITTI PNG .*; write one of \.flo, "):
-        predict_flow.main([*words, "--output", str(tmp_path / "out.png")])
+        predict_flow.main([*argv, "--output", str(tmp_path / "out.png")])
     assert not list(tmp_path.iterdir())
 
 
@@ -259,7 +259,7 @@ def test_max_side_gives_flow_in_pixels_of_the_frames(clip):
     for name, frame in zip(("c.png", "d.png"), large, strict=True):
         Image.fromarray(frame).save(folder / name)
     pair = [str(folder / "c.png"), str(folder / "d.png"), "--output", str(folder / "out.flo")]
-    alone = [word for word in arguments if word not in ("--warm_num_flow_updates", "2")]
+    alone = [argument for argument in arguments if argument not in ("--warm_num_flow_updates", "2")]
     predict_flow.main([*alone, *pair, "--max_side", "160"])
     flow, _ = read_flow(folder / "out.flo")
     assert flow.shape == (262, 308, 2)
@@ -330,15 +330,15 @@ def test_mistakes_are_named(job, change, message, capsys):
     Image.fromarray(np.zeros((HEIGHT, 90, 3), np.uint8)).save(folder / "other.png")
     cv2.imwrite(str(folder / "deep.png"), np.zeros((HEIGHT, WIDTH), np.uint16))
     ((position, value),) = change.items()
-    words = [*arguments, "--output", str(folder / "out.flo")]
+    argv = [*arguments, "--output", str(folder / "out.flo")]
     if position:
-        words[position + 1] = str(folder / value)
+        argv[position + 1] = str(folder / value)
     elif value.startswith("-"):
-        words.append(value)
+        argv.append(value)
     else:
-        words.insert(3, value)
+        argv.insert(3, value)
     with pytest.raises(SystemExit) as error:
-        predict_flow.main(words)
+        predict_flow.main(argv)
     assert message in capsys.readouterr().err + str(error.value)
     assert not (folder / "out.flo").exists()
 
@@ -354,7 +354,7 @@ def test_mistakes_with_videos_are_named(clip, capsys):
     Image.fromarray(frames[0]).save(folder / "one" / "a.png")
     (folder / "empty").mkdir()
     (folder / "text.mp4").write_text("no video")
-    for words, message in (
+    for more, message in (
         (f"{folder / 'frames'} --output {folder / 'x'}", "several results would be written to f8.flo"),
         (f"{folder / 'beside'} --output {folder / 'x'} --backward", "several results would be written to a_backward"),
         (
@@ -373,7 +373,7 @@ def test_mistakes_with_videos_are_named(clip, capsys):
         (f"--video {folder / 'clip.mp4'} --output {folder / 'x.mp4'} --format flo", "a video is of colors"),
     ):
         with pytest.raises(SystemExit) as error:
-            predict_flow.main([*arguments, *words.split()])
+            predict_flow.main([*arguments, *more.split()])
         assert message in capsys.readouterr().err + str(error.value)
         assert not (folder / "x").exists() and not list(folder.glob("x.*"))
     assert (folder / "clip.mp4").read_bytes() == before

@@ -57,21 +57,21 @@ def test_pairs_are_taken_evenly(length, wanted, expected):
     assert spread(length, wanted) == expected
 
 
-def test_prints_figures_and_draws_a_sheet(root, tmp_path, capsys):
+def test_prints_statistics_and_draws_a_sheet(root, tmp_path, capsys):
     sheet = tmp_path / "sheets" / "a.png"
     main(["pairs", "--data_dir", str(root), "--output", str(sheet), "--crop_size", "32", "40", "--num_pairs", "2"])
     printed = capsys.readouterr().out
     assert "pairs, split training: 3 pairs; statistics of all of them" in printed
     assert "48 x 64 (2), 40 x 72 (1)" in printed and "max 99.00" in printed and "valid         91.5 %" in printed
-    picture = np.array(PIL.Image.open(sheet))
+    image = np.array(PIL.Image.open(sheet))
     cell_widths = [round(64 * CELL_HEIGHT / 48)] * 3 + [CELL_HEIGHT * 40 // 32] * 3 * DRAWS
-    assert picture.shape[0] == 2 * CELL_HEIGHT + 4
-    assert picture.shape[1] >= sum(cell_widths) + 4 * (len(cell_widths) - 1)
-    first_frame = picture[30:CELL_HEIGHT, : cell_widths[0]]
+    assert image.shape[0] == 2 * CELL_HEIGHT + 4
+    assert image.shape[1] >= sum(cell_widths) + 4 * (len(cell_widths) - 1)
+    first_frame = image[30:CELL_HEIGHT, : cell_widths[0]]
     assert (first_frame == (60, 90, 0)).all()  # before augmentation, as it is
 
 
-def test_figures_of_a_part_say_so(root, tmp_path, capsys):
+def test_statistics_of_a_part_say_so(root, tmp_path, capsys):
     main(["pairs", "--data_dir", str(root), "--output", str(tmp_path / "a.png"), "--max_pairs", "2"])
     assert "3 pairs; statistics of 2 of them" in capsys.readouterr().out
 

@@ -67,7 +67,7 @@ def test_order_depends_on_seed_and_epoch_only():
 
     run = order(1, 0, 35)
     assert [number for number, _ in run] == list(range(35))
-    assert order(1, 13, 35) == run[13:]  # a resumed run goes on in the middle of an epoch
+    assert order(1, 13, 35) == run[13:]  # a resumed run continues in the middle of an epoch
     epochs = [[position for _, position in run[i : i + 10]] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]

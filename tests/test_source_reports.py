@@ -174,7 +174,7 @@ def test_three_are_named_and_all_counted(tmp_path, caplog):
     assert "left out 4 image pairs without flow: 00002, 00003, 00005, ...\n" in caplog.text
 
 
-@pytest.mark.parametrize("scene", sorted(readers.MIDDLEBURY_WITHOUT_TRUTH))
+@pytest.mark.parametrize("scene", sorted(readers.MIDDLEBURY_WITHOUT_GROUND_TRUTH))
 def test_middlebury_withholds_some_ground_truth(tmp_path, caplog, scene):
     make_middlebury(tmp_path)
     (tmp_path / "other-data/RubberWhale").rename(tmp_path / f"other-data/{scene}2")

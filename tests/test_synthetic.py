@@ -576,8 +576,8 @@ def test_dataset_items_are_drawn_on_access():
     item, expected = dataset[12], render(SMALL, 12)
     assert set(item) == {"id", "image1", "image2", "flow", "occlusion"} and item["id"] == "validation/000012"
     assert isinstance(item["image1"], Image.Image) and item["image1"].size == (128, 96)
-    for array, truth in zip(to_sample(item), expected.sample, strict=True):
-        np.testing.assert_array_equal(array, truth)
+    for array, wanted in zip(to_sample(item), expected.sample, strict=True):
+        np.testing.assert_array_equal(array, wanted)
     np.testing.assert_array_equal(to_occlusion(item), expected.occlusion)
     assert 0 < expected.occlusion.mean() < 0.5
     assert dataset.select([12])[0]["id"] == "validation/000012"

@@ -301,8 +301,8 @@ def write_images(folder, images):
 
 def command(folder, frames="frames", maps="maps.npy", output="out.npy", *more):
     paths = {"--model": "model", "--frames": frames, "--maps": maps, "--output": output}
-    words = [word for flag, path in paths.items() for word in (flag, str(folder / path))]
-    return [*words, "--window", "2", "--num_flow_updates", "2", *map(str, more)]
+    arguments = [argument for flag, path in paths.items() for argument in (flag, str(folder / path))]
+    return [*arguments, "--window", "2", "--num_flow_updates", "2", *map(str, more)]
 
 
 def expected(folder, frames, maps):

@@ -258,12 +258,12 @@ def test_cuts_and_motion_on_real_weights(sample_weights):
     model = load_raft(sample_weights / "raft-small.pth").eval()
     scenes = [moving_shapes(3, 160, 224, [(6, 2), (-9, 4)], seed=seed) for seed in (1, 2)]
     frames = np.concatenate([scene.frames for scene in scenes])
-    truth = np.concatenate([scenes[0].flow, np.zeros_like(scenes[0].flow[:1]), scenes[1].flow])
+    flow_gt = np.concatenate([scenes[0].flow, np.zeros_like(scenes[0].flow[:1]), scenes[1].flow])
 
     def errors(**options):
         pairs = list(FlowVideo(model, frames, **options))
         assert [pair.cut for pair in pairs] == [False, False, True, False, False]
-        lengths = [np.linalg.norm(pair.flow.permute(1, 2, 0) - truth[pair.index], axis=-1) for pair in pairs]
+        lengths = [np.linalg.norm(pair.flow.permute(1, 2, 0) - flow_gt[pair.index], axis=-1) for pair in pairs]
         return [np.median(length) for length in lengths], [pair.warm for pair in pairs]
 
     warm, started = errors()

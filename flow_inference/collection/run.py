@@ -37,7 +37,7 @@ from modeling_raft.frames_raft import FrameConverter
 
 READ_AHEAD, WRITE_BEHIND = 6, 6  # frames, pairs
 AUTO_BATCH_SIZE = 16  # halved whenever memory runs out
-PATIENCE = 10.0  # seconds in which other processes of a launch write how far they came, once there is no more to do
+TIMEOUT = 10.0  # seconds in which other processes of a launch write how far they came, once there is no more to do
 WAIT = 1.0  # seconds between two looks at what other processes compute
 FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # errors of the output's disk, which no other source would escape
 OUT_OF_MEMORY = "Estimate on smaller frames with max_side."  # advice
@@ -200,7 +200,7 @@ class _Run:
                 self._write_manifest()
             raise
         if self.rank == 0:
-            self.state.wait_for_ends(PATIENCE)
+            self.state.wait_for_ends(TIMEOUT)
         self._write_manifest()
         return self._report(time.monotonic() - started)
 
@@ -310,7 +310,7 @@ class _Run:
         if record is not None and record["status"] == "done" and place.is_dir():
             for path in self._files_of(unit, record):
                 path.unlink(missing_ok=True)
-            self.state.forget(unit.key)
+            self.state.remove_record(unit.key)
 
     def _pieces_ended(self, unit: Unit) -> bool:
         return all(self._is_finished(piece) for piece in unit.pieces)
@@ -500,7 +500,7 @@ class _Run:
             self._record_done(unit, sum(pairs), details)
             shutil.rmtree(self._place_of(unit.pieces[0]).parent, ignore_errors=True)
             for piece in unit.pieces:
-                self.state.forget(piece.key)
+                self.state.remove_record(piece.key)
         except (ValueError, OSError) as error:
             if getattr(error, "errno", None) in FATAL:
                 raise

@@ -94,7 +94,7 @@ class CollectionState:
         with atomic_write(self.folder / "records" / f"{key}.json") as partial:
             partial.write_text(json.dumps(record) + "\n")
 
-    def forget(self, key: str) -> None:
+    def remove_record(self, key: str) -> None:
         """Remove a record whose output is not there any more, or is out of date."""
         (self.folder / "records" / f"{key}.json").unlink(missing_ok=True)
 
@@ -192,9 +192,9 @@ class CollectionState:
         found = (_read_json(path) for path in self._complete_files("workers"))
         return [content for content in found if content is not None and content.get("run") == self.run]
 
-    def wait_for_ends(self, patience: float) -> None:
+    def wait_for_ends(self, timeout: float) -> None:
         """Wait until the living processes of this run on this machine have written their last progress."""
-        end = time.monotonic() + patience
+        end = time.monotonic() + timeout
         while time.monotonic() < end:
             if not any(_has_process(worker) and not worker.get("ended") for worker in self.workers()):
                 return
