@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def ceilings_of(rows: list[Row]) -> dict[str, float]:
-    """What the part of that name has reported; infinite where it has not, so that floors are zero."""
+    """Return what the part `ceilings` has measured; infinity where it has not, so that floors are zero."""
     measured = next((row for row in rows if row["part"] == "ceilings" and "bandwidth" in row), None)
     names = ("fp32", "tf32", "fp16", "bf16", "bandwidth")
     return {name: measured[name] if measured else float("inf") for name in names}

@@ -31,7 +31,7 @@ KERNELS = 10  # in a profile
 
 @dataclass
 class Bench:
-    """What a part is given.
+    """The inputs of a benchmark part: its device, its limits and where its rows go.
 
     Attributes:
         device: Where it computes.
@@ -172,7 +172,7 @@ def inference(bench: Bench) -> None:
 
 
 def compiled_inference(bench: Bench) -> None:
-    """The same, by torch.compile, beside the ways without it."""
+    """Inference compiled by torch.compile, beside the candidates that are not compiled."""
     cases = [("small", 1, ("bf16",)), ("large", 1, ("bf16",)), ("large", 8, ("bf16",))]
     height, width = bench.size(440, 1024)
     for size, batch, precisions in cases[: 1 if bench.tiny else None]:
@@ -211,7 +211,7 @@ def training(bench: Bench) -> None:
 
 
 def compiled_training(bench: Bench) -> None:
-    """The same step by torch.compile."""
+    """A training step compiled by torch.compile, beside the candidates that are not compiled."""
     images, labels, facts = training_batch(bench, *TRAINING_SIZES[0])
     candidates = several("torchvision", "large", training_precisions(bench, "fp16") or ("bf16",))
     candidates += several("ours", "large", ("bf16",)) + several("ours", "large", ("bf16",), "compiled")

@@ -182,7 +182,7 @@ def data_table(report: Report) -> str:
 
 
 def largest_difference(reports: dict[str, Report]) -> float:
-    """Of all flow in float32, pixels."""
+    """Return the largest difference of any flow in float32, in pixels."""
     series = [reports[name]["results"] for name in ("inference", "training", "memory", "on_demand")]
     series += [reports["scaling"][name] for name in ("pixels", "updates", "training")]
     rows = [row for rows in series for row in rows if "fp32" in row["candidate"]]

@@ -113,7 +113,7 @@ class Flicker:
 
     @property
     def mean(self) -> float:
-        """In the maps' own values; not a number if no two maps could be compared."""
+        """The mean difference in the maps' own values; not a number if no two maps could be compared."""
         return self._sum / self._count if self._count else math.nan
 
 
@@ -308,7 +308,7 @@ def check_paths(maps: Path, frames: Path, output: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> TemporalSmoother:
-    """Smooth the maps of a video, and return what did it."""
+    """Smooth the maps of a video, and return the smoother, which has measured the flicker."""
     check_paths(args.maps, args.frames, args.output)
     maps, frames = list_maps(args.maps), open_frames(args.frames)
     if isinstance(frames, list):  # a video tells at its end

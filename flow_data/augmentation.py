@@ -143,7 +143,7 @@ def draw_sparse(
     zoom_range: tuple[float, float],
     flip: bool = True,
 ) -> Augmentation:
-    """Draw what `augment_sparse` does, as `draw_dense`."""
+    """Draw what `augment_sparse` does to a frame of (height, width); the other arguments and errors are its own."""
     _check(frame_size, crop_size, zoom_range)
     colors = (draw_adjustments(rng, SPARSE_JITTER),)
     patches = draw_patches(rng, frame_size, crop_size)
@@ -384,7 +384,7 @@ def _shift(patch: tuple[slice, slice], window: tuple[slice, slice]) -> tuple[sli
 
 
 def _at(image: np.ndarray, window: tuple[slice, slice]) -> np.ndarray:
-    """The window at its place in a frame, of which everything outside is undefined."""
+    """Return a frame that has an image in a window; the pixels outside the window are undefined."""
     rows, columns = window
     frame = np.empty((rows.stop, columns.stop, 3), np.uint8)
     frame[window] = image

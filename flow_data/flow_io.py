@@ -300,7 +300,7 @@ def _known(flow: np.ndarray) -> np.ndarray:
 
 
 def _to_float32(flow: np.ndarray) -> np.ndarray:
-    """As native float32 that may be written to, copied unless it is; a float64 too large for it becomes infinite."""
+    """Return flow as native, writable float32, copied unless it is; a float64 too large for it becomes infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.require(flow, np.float32, ["C", "W"])
 

@@ -65,7 +65,7 @@ def load_hub_dataset(name: str, split: str | None = None, streaming: bool = Fals
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """What client, network, cache and file formats raise, in many types, as one that names the data set."""
+    """Convert any error of the client, network, cache or file formats to an OSError that names the data set."""
     try:
         yield
     except Exception as error:

@@ -170,7 +170,7 @@ def publish(
 
 @contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    """What the client raises, of token, name or network, in many types, as one."""
+    """Convert any error of the client, whether of token, name or network, to an OSError that starts with `what`."""
     try:
         yield
     except Exception as error:

@@ -53,13 +53,13 @@ class Settings(NamedTuple):
     weights: str | None  # an uploaded file
 
     def model_name(self) -> str:
-        """Of the model, in a sentence."""
+        """Return the name of the model as Markdown, for a sentence."""
         return (
             escape_markdown(Path(self.weights).name if self.weights else self.model.strip()) or "the shipped weights"
         )
 
     def source(self) -> str:
-        """Of the model, as in Python code."""
+        """Return the model as the expression that Python code loads it from."""
         if self.weights:
             return repr(Path(self.weights).name)
         return repr(self.model.strip()) if self.model.strip() else "pretrained_path()"

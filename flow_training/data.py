@@ -36,7 +36,7 @@ def open_dataset(
     """Open a source.
 
     Args:
-        config: Says where it is.
+        config: The run's settings, which name the folder of the source.
         source: A name in `flow_data.datasets.DATASETS`.
         split: One of its splits.
         needs_flow: Refuse a split without ground truth.

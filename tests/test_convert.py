@@ -84,7 +84,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def large():
-    """The same as a large model."""
+    """A large RAFT, and its weights under princeton's names; its counters of batches are large, too."""
     model = RaftForOpticalFlow(RaftConfig())
     for name, tensor in model.state_dict().items():
         if name.endswith("num_batches_tracked"):

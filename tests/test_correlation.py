@@ -69,7 +69,7 @@ def run_ours(Correlation, fmap1, fmap2, many_centroids, radius):
 
 
 def draw_weights(windows):
-    """The same for every precision."""
+    """Draw weights of the windows' shape and type; for every precision, they are the same numbers."""
     return torch.randn(windows.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(windows)
 
 
@@ -195,7 +195,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_tensor(Correlation, height: int, width: int) -> int:
-    """Of a lookup and its backward pass, around flow that varies by 6 grid pixels over the frame."""
+    """Return the size of the largest tensor of a lookup and its backward pass, around flow of up to 6 grid pixels."""
     fmap1, fmap2 = torch.randn(2, 1, 8, height, width).requires_grad_().unbind()
     flow = torch.nn.functional.interpolate(6 * torch.rand(1, 2, 3, 3), size=(height, width), mode="bilinear")
     with LargestTensor() as largest:

@@ -298,7 +298,7 @@ time.sleep(60)
 
 
 def has_no_locks(descriptor: int, blocking: bool) -> bool:
-    """What some network file systems answer."""
+    """Stand in for a lock on a network file system that has none: raise its error."""
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
