@@ -1,6 +1,6 @@
 """Operators that replace torch's where a kernel is slow, wrong or overflows. None of them changes the architecture.
 
-Each function computes what its name says, to rounding, on every device. Timings and errors are those of torch 2.14 on
+Each function computes what its name says, to rounding, on every device. Timings and bugs are those of torch 2.14 on
 x86 CPUs. "Half precision" is bfloat16 and float16. docs/speed.md lists what was measured.
 """
 
