@@ -34,7 +34,7 @@ XDIST := --numprocesses 3 --dist loadfile
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu and not browser" $(XDIST) --durations=15
 
-# for the edit loop, in less than 90 seconds on two cores: no test that takes a second or starts processes
+# for the edit loop, a minute and a half to two on two cores: no test that takes a second or starts processes
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" $(XDIST)
 
