@@ -136,8 +136,8 @@ class FlagParser(argparse.ArgumentParser):
             if path is not None:
                 arguments = to_flags(read_yaml(find_config(path)), self.dataclass_type, path) + arguments
             # argparse stops at the first missing or malformed flag; a misspelt one explains more, so it goes first.
-            given = zip(["", *arguments], arguments, strict=False)
-            flags = [word for before, word in given if flag_name(before) != secret]
+            hidden = find_flag(arguments, secret)
+            flags = [word for index, word in enumerate(arguments) if index not in hidden]
             for flag in (word for word in flags if word.startswith("--")):
                 if flag.partition("=")[0] not in self._option_string_actions:
                     raise ValueError(f"unknown flag {flag}{nearest(flag, list(self._option_string_actions))}")

@@ -141,6 +141,7 @@ def test_zoom_range_is_one_or_a_mapping(tmp_path, written):
         ("validation_sets: ['synthetic:']", [], "names no split"),
         ("validation_sets: [synthetic, synthetic]", [], "names synthetic twice"),
         ("", ["--hub_token", "--secret"], "hub_token"),
+        ("", ["--hub-token=secret", "--sed", "3"], "unknown flag --sed; did you mean --seed?"),
         ("config_overrides: {a: 1}\nmodel_name_or_path: x", [], "config_overrides shape a model from scratch"),
     ],
 )
