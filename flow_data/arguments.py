@@ -56,8 +56,11 @@ def add_synthetic_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of synthetic pairs among the values of flags, `synthetic_NAME`: those that are not None, by their names
-    in `SyntheticOptions`."""
+    """Return the options of synthetic pairs that flags give, by their names in `SyntheticOptions`.
+
+    Args:
+        values: Name of a flag -> its value. Of `synthetic_NAME`, None is no value; other flags do not matter.
+    """
     options = {}
     for field in fields(SyntheticOptions):
         value = values.get(f"synthetic_{field.name}")

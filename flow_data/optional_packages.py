@@ -6,13 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PROJECT = "raft-flow-trainer"
-TRAIN_PACKAGES = (
-    "accelerate",
-    "cv2",
-    "datasets",
-    "psutil",
-    "pyarrow",
-)  # of the extra `train`
+TRAIN_PACKAGES = ("accelerate", "cv2", "datasets", "psutil", "pyarrow")  # what commands of the extra `train` import
 
 
 class MissingPackageError(ImportError):
@@ -35,9 +29,7 @@ def needs_extra(extra: str) -> Iterator[None]:
         if error.name is None:  # transformers' for whatever went wrong in an import, memory that ran out for example
             raise
         package = error.name.partition(".")[0]
-        raise MissingPackageError(
-            f"{package} is not installed; install it with: pip install '{PROJECT}[{extra}]'", name=error.name
-        ) from error
+        raise MissingPackageError(_describe_missing(package, extra), name=error.name) from error
 
 
 def require_packages(prog: str) -> None:
@@ -48,4 +40,8 @@ def require_packages(prog: str) -> None:
     """
     for package in TRAIN_PACKAGES:
         if importlib.util.find_spec(package) is None:
-            sys.exit(f"{prog}: error: {package} is not installed; install it with: pip install '{PROJECT}[train]'")
+            sys.exit(f"{prog}: error: {_describe_missing(package, 'train')}")
+
+
+def _describe_missing(package: str, extra: str) -> str:
+    return f"{package} is not installed; install it with: pip install '{PROJECT}[{extra}]'"

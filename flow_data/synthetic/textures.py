@@ -421,7 +421,7 @@ def read_image(path: str) -> np.ndarray:
             sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
             if sixteen_bits:  # Pillow would clip 16-bit gray to white
                 return cv2.cvtColor((np.array(image) >> 8).astype(np.uint8), cv2.COLOR_GRAY2RGB)
-            if image.mode in ("I", "F"):  # would be clipped, too, and their range is anybody's guess
+            if image.mode in ("I", "F"):  # would be clipped, too, and their range is unknown
                 raise ValueError(f"textures: {path} must have 8 or 16 bits; got 32. Convert it.")
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
