@@ -24,7 +24,7 @@ from PIL import Image
 
 import predict_flow
 from flow_data.flow_io import read_flow
-from flow_inference.video_files import VideoWriter
+from flow_inference.video_files import VideoReader, VideoWriter
 
 pytest.importorskip("gradio", reason="the page needs gradio: make test-browser installs it")
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: make test-browser installs it")
@@ -311,7 +311,12 @@ def test_video(visit, files, tmp_path):
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         assert {name: packed.read(name) for name in packed.namelist()} == expected
     predict("--video", files / "clip.mp4", "--output", tmp_path / "flow.mp4", "--max_side", 512)
-    assert save_download(page, "get_colors", tmp_path / "colors") == (tmp_path / "flow.mp4").read_bytes()
+    save_download(page, "get_colors", tmp_path / "colors.mp4")
+    # x264 does not always write the same bytes for the same images: in 1,800 files of such frames, the mean difference
+    # of a frame was at most 1.6. With 11 updates in the model instead of 12, that of the last frame is 16.
+    shown, expected = (np.float32(list(VideoReader(tmp_path / name))) for name in ("colors.mp4", "flow.mp4"))
+    assert shown.shape == expected.shape == (5, HEIGHT, WIDTH, 3)
+    assert np.abs(shown - expected).mean((1, 2, 3)).max() < 4
 
 
 def test_stop(visit, files):
