@@ -9,7 +9,7 @@ CORES := $(shell nproc 2>/dev/null || echo 2)
 # Flow of two frames with the shipped weights; then a fine-tune on the look of these frames, evaluated before and after.
 QUICKSTART := outputs/quickstart
 HELD_OUT := --dataset synthetic --data_dir examples/frames --synthetic_image_size 112 144 --synthetic_displacement 26 40 \
-	--synthetic_shapes 1 3 --synthetic_appearance 0 --synthetic_nonrigid 0 --synthetic_ego_motion 0 --synthetic_num_pairs 32
+	--synthetic_shapes 1 3 --synthetic_appearance 0 --synthetic_nonrigid 0 --synthetic_ego_motion 0 --synthetic_num_pairs 128
 quickstart: $(INSTALLED)
 	rm -rf $(QUICKSTART)
 	$(PYTHON) predict_flow.py examples/frames/frame_0001.png examples/frames/frame_0002.png --output $(QUICKSTART)/flow.png
