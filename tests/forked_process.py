@@ -76,19 +76,46 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
+def run_code(
+    code: str, argv: Sequence[object], environment: Mapping[str, str], timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run Python code as a program."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "program.py"
+        script.write_text(code)
+        process = ForkedProcess(script, list(map(str, argv)), environment)
+        printed, errors = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+
+
 def run_ranks(
-    script: Path, argv: Sequence[str], environment: Mapping[str, str], num_processes: int, timeout: float = 300
+    script: Path,
+    argv: Sequence[str] | Sequence[Sequence[str]],
+    environment: Mapping[str, str],
+    num_processes: int,
+    timeout: float = 300,
+    machines: bool = False,
 ) -> subprocess.CompletedProcess:
     """Run a program in several processes, as `accelerate launch --multi_gpu` does; tests of the launcher start it.
 
     When one fails, the others are terminated. What they print is joined in the order of their ranks.
+
+    Args:
+        script: The program.
+        argv: Its arguments; or those of each rank.
+        environment: Its environment variables, which win over the launcher's.
+        num_processes: How many there are.
+        timeout: Seconds until all are terminated.
+        machines: Each is the only one of a machine.
     """
-    common = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "GROUP_RANK": 0, "ROLE_RANK": 0}
+    common = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": 1 if machines else num_processes, "ROLE_RANK": 0}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_MIXED_PRECISION": "no"}
     processes = []
     for rank in range(num_processes):
-        variables = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(ForkedProcess(script, argv, {**environment, **variables}))
+        own = {"RANK": rank, "LOCAL_RANK": 0 if machines else rank, "GROUP_RANK": rank if machines else 0}
+        variables = {name: str(value) for name, value in (common | own).items()}
+        arguments = argv if not argv or isinstance(argv[0], str) else argv[rank]
+        processes.append(ForkedProcess(script, arguments, variables | dict(environment)))
     deadline = time.monotonic() + timeout
     while any(process.returncode is None for process in processes):
         if any(process.returncode for process in processes) or time.monotonic() > deadline:
@@ -144,4 +171,9 @@ def _run(
     os.environ.update(environment)
     sys.argv = [str(script), *argv]
     sys.path.insert(0, str(PROJECT))
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        code = None
+    except SystemExit as end:
+        code = end.code
+    sys.exit(code)  # without the traceback of the program, whose variables multiprocessing would keep until the end

@@ -9,7 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from forked_process import free_port
+from forked_process import free_port, run_ranks
 from safetensors.torch import load_file
 from test_modeling_raft import tiny_config
 from tiny_run import PROJECT, environment, flags, log_lines, train
@@ -127,10 +127,7 @@ def test_processes_leave_their_group_before_they_end(program, before, code, tmp_
         RaftForOpticalFlow(tiny_config()).save_pretrained(tmp_path / "model")
         argv = ["--model", str(tmp_path / "model"), "--dataset", "synthetic", "--num_flow_updates", "1"]
         argv += ["--synthetic_image_size", "64", "72", "--synthetic_num_pairs", "2"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *CPU]
-    command += ["--main_process_port", str(free_port()), str(tmp_path / "leaving.py"), *argv]
-    places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **places)
+    result = run_ranks(tmp_path / "leaving.py", argv, environment(), 2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("left") == 2 and "still there" not in result.stdout, result.stdout
 
@@ -173,7 +170,7 @@ def test_files_leave_no_option_to_a_guess(path, caplog, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "options"),
-    [("cpu.yaml", []), ("one_gpu_fp16.yaml", CPU), ("gpus_fp16.yaml", CPU)],
+    [("cpu.yaml", []), ("gpus_fp16.yaml", CPU)],
 )
 def test_one_machine(config, options, one_process, tmp_path):
     if config.startswith("gpus"):
@@ -186,35 +183,24 @@ def test_one_machine(config, options, one_process, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_on_several_processes(one_process, tmp_path):
-    """With the settings of the file, on CPUs."""
-    (printed,) = finish(
-        launch("gpus_bf16.yaml", ["--main_process_port", str(free_port())], flags(tmp_path / "run", **SETTINGS))
-    )
+    """The precision comes from the launcher."""
+    launched = environment() | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    result = run_ranks(PROJECT / "train_flow.py", flags(tmp_path / "run", **SETTINGS), launched, 2)
+    assert result.returncode == 0, result.stderr
     settings = yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())
     assert settings["mixed_precision"] == "bf16"
     first, expected = log_lines(tmp_path / "run")[0], log_lines(one_process)[0]
     assert first["loss"] == pytest.approx(expected["loss"], rel=0.05) and first["loss"] != expected["loss"]
 
 
-def launch_machines(folders: list[Path], *switches: str, **settings: str | None) -> list[subprocess.Popen]:
-    """One process on each of as many machines as there are folders, all of them this one."""
-    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    count = ["--num_machines", str(len(folders)), "--num_processes", str(len(folders))]
-    return [
-        launch(
-            "machines_fp16.yaml",
-            [*CPU, *place, *count, "--machine_rank", str(rank)],
-            flags(folder, *switches, **SETTINGS | settings),
-        )
-        for rank, folder in enumerate(folders)
-    ]
-
-
 @pytest.mark.slow
 def test_two_machines_do_what_one_process_does(one_process, tmp_path):
     """Half of the run, and the other half after a new start from the checkpoint in the folder that they share."""
     folder = tmp_path / "shared"
-    printed = finish(*launch_machines([folder, folder]))
+    place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    place += ["--num_machines", "2", "--num_processes", "2", "--machine_rank"]
+    machines = [launch("machines_fp16.yaml", [*CPU, *place, rank], flags(folder, **SETTINGS)) for rank in ("0", "1")]
+    printed = finish(*machines)
     assert_same_run(folder, one_process)
     assert "2 x CPU" in (folder / "README.md").read_text()
     names = {path.name for path in (folder / "checkpoint-2").iterdir()}
@@ -224,8 +210,9 @@ def test_two_machines_do_what_one_process_does(one_process, tmp_path):
     before = load_file(folder / "model.safetensors")
     for name in ("model.safetensors", "run_config.yaml", "README.md"):
         (folder / name).unlink()
-    checkpoint = ["--resume_from_checkpoint", str(folder / "checkpoint-2")]
-    finish(*launch_machines([folder, folder], *checkpoint))
+    argv = flags(folder, "--resume_from_checkpoint", str(folder / "checkpoint-2"), **SETTINGS)
+    resumed = run_ranks(PROJECT / "train_flow.py", argv, environment(), 2, machines=True)
+    assert resumed.returncode == 0, resumed.stderr
     assert_same_run(folder, one_process)
     after = load_file(folder / "model.safetensors")
     assert before.keys() == after.keys()
@@ -236,12 +223,7 @@ def test_two_machines_do_what_one_process_does(one_process, tmp_path):
 @pytest.mark.slow
 def test_machines_that_share_no_folder_are_refused(tmp_path):
     """They would save checkpoints from which no run can resume."""
-    processes = launch_machines([tmp_path / "one", tmp_path / "two"])
-    try:
-        printed = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode != 0 for process in processes)
-    assert any("put it on a file system that all machines share" in text for text in printed)
+    argv = [flags(tmp_path / machine) for machine in ("one", "two")]
+    result = run_ranks(PROJECT / "train_flow.py", argv, environment(), 2, machines=True)
+    assert result.returncode > 0 and "put it on a file system that all machines share" in result.stderr
     assert not list(tmp_path.rglob("train_log.jsonl"))

@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from forked_process import run_code
 from PIL import Image
 from test_modeling_raft import tiny_config
-from tiny_run import PROJECT, environment, flags, log_lines, train
+from tiny_run import environment, flags, log_lines, train
 
 from flow_data import sampling
 from flow_data.out_of_memory import attempt, explain_out_of_memory, is_out_of_memory
@@ -141,9 +142,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 def run_limited(module: str, megabytes: int, *argv: object) -> subprocess.CompletedProcess:
     """A program in a process that may take no more than so many megabytes after its imports."""
-    command = [sys.executable, "-c", LIMITED.format(module=module), str(megabytes), *map(str, argv)]
-    places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **places)
+    return run_code(LIMITED.format(module=module), [megabytes, *argv], environment())
 
 
 def write_frames(folder: Path, count: int) -> list[Path]:
@@ -260,9 +259,7 @@ def test_a_later_step_of_a_training(whole, place, function, allocation, at_call,
     settings = SETTINGS | {"dataloader_num_workers": workers}
     argv = flags(tmp_path / "run", "--gradient_checkpointing", **settings)
     code = INTERRUPTED.format(place=place, function=function, allocation=allocation, at_call=at_call)
-    places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
-    result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, **places)
-    line = error_line(result)
+    line = error_line(result := run_code(code, argv, environment()))
     assert "out of memory" in line and printed in line and f"Step {saved} is saved." in line
     assert "--gradient_checkpointing" not in line and "Resume with:" in result.stderr
 
@@ -276,6 +273,5 @@ def test_running_out_of_memory_is_not_taken_for_a_damaged_checkpoint(whole):
     code = "import sys, torch, train_flow\nfrom accelerate import Accelerator\n"
     code += "Accelerator.load_state = lambda *argv: torch.empty(10**15)\ntrain_flow.main(sys.argv[1:])"
     argv = flags(whole, "--gradient_checkpointing", "--resume_from_checkpoint", "latest", **SETTINGS)
-    places = {"env": environment() | {"PYTHONPATH": str(PROJECT)}, "cwd": PROJECT}
-    line = error_line(subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, **places))
+    line = error_line(run_code(code, argv, environment()))
     assert "out of memory in the training" in line and "Step 6 is saved" in line and "remove" not in line
