@@ -76,16 +76,25 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def run_code(
-    code: str, argv: Sequence[object], environment: Mapping[str, str], timeout: float = 300
+def run_script(
+    script: Path,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    max_file_bytes: int | None = None,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess:
-    """Run Python code as a program."""
+    """Run a program to its end."""
+    process = ForkedProcess(script, argv, environment, max_file_bytes)
+    printed, errors = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+
+
+def run_code(code: str, argv: Sequence[object], environment: Mapping[str, str]) -> subprocess.CompletedProcess:
+    """Run Python code as a program to its end."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "program.py"
         script.write_text(code)
-        process = ForkedProcess(script, list(map(str, argv)), environment)
-        printed, errors = process.communicate(timeout)
-    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+        return run_script(script, list(map(str, argv)), environment)
 
 
 def run_ranks(

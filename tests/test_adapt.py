@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forked_process import ForkedProcess
+from forked_process import ForkedProcess, run_script
 from moving_shapes import moving_shapes
 from PIL import Image
 from safetensors.torch import load_file
@@ -304,9 +304,7 @@ def start(argv: list[str]) -> ForkedProcess:
 
 
 def run(argv: list[str]) -> subprocess.CompletedProcess:
-    process = start(argv)
-    printed, errors = process.communicate(timeout=600)
-    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+    return run_script(PROJECT / "flow_training" / "adapt.py", argv, environment())
 
 
 @pytest.mark.slow

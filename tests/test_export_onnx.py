@@ -135,7 +135,7 @@ def test_a_folder_and_a_missing_package_are_said(tiny, tmp_path, monkeypatch):
 
 def test_published_weights_on_real_pairs(sample_data, sample_weights, tmp_path, capsys):
     path = tmp_path / "small.onnx"
-    main([str(sample_weights / "raft-small.pth"), str(path), "--num_flow_updates", str(UPDATES)])
+    main([str(sample_weights / "raft-small.pth"), str(path), "--num_flow_updates", "1"])
     assert "in onnxruntime its flow is torch's to" in capsys.readouterr().out
     model, processor = load_raft(sample_weights / "raft-small.pth"), RaftImageProcessor()
     pairs = {
@@ -146,6 +146,6 @@ def test_published_weights_on_real_pairs(sample_data, sample_weights, tmp_path, 
         pixel_values = processor([Image.open(file) for file in files], return_tensors="pt").pixel_values
         assert pixel_values.shape[-2:] == size
         with torch.no_grad():
-            expected = model(pixel_values, num_flow_updates=UPDATES).flow
+            expected = model(pixel_values, num_flow_updates=1).flow
         assert expected.abs().max() > 5
         torch.testing.assert_close(run(path, pixel_values)[0], expected, atol=0.01, rtol=0)

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from forked_process import free_port
+from forked_process import free_port, run_code, run_script
 from hub_server import Hub
-from tiny_run import CPU, PROJECT, TINY_MODEL
+from tiny_run import CPU, PROJECT, TINY_MODEL, environment
 
 from flow_data import hub as module
 from flow_data.datasets import is_sparse, load_source
@@ -484,7 +484,9 @@ def test_streaming_sees_every_sample_once_per_epoch(published, root, tmp_path):
         assert Counter(id_ for id_, _ in drawn) == {f"user/pairs/{n:02d}": 2 for n in range(NUM_PAIRS)}
         assert len({flow for _, flow in drawn}) == 2 * NUM_PAIRS  # augmented anew in the second epoch
     local_flags = ["--train_mix", "{pairs: 1}", "--pairs_path", str(root), "--max_train_steps", str(NUM_PAIRS)]
-    local = draw(published, tmp_path / "local", 1, 0, *local_flags)
+    result = run_code(DRAW_IDS, [tmp_path, *RUN, "--dataloader_num_workers", "0", *local_flags], environment())
+    assert result.returncode == 0, result.stderr
+    local = json.loads((tmp_path / "0.json").read_text())
     local = sorted([id_.replace("pairs/", "user/pairs/", 1), flow] for id_, flow in local)
     assert sorted(draws[1, 0]) == sorted(draws[2, 2]) == local
 
@@ -498,9 +500,13 @@ def test_training_is_the_same_streamed_downloaded_and_from_files(published, root
     }
     logs = {}
     for name, flags in ways.items():
+        argv = [*RUN, "--max_train_steps", "3", "--dataloader_num_workers", "1", *flags]
+        argv += ["--output_dir", str(tmp_path / name / "out")]
         (tmp_path / name).mkdir()
-        command = [PROJECT / "train_flow.py", *RUN, "--max_train_steps", "3", "--dataloader_num_workers", "1", *flags]
-        result = run(published, tmp_path / name, *command)
+        if name == "files":
+            result = run_script(PROJECT / "train_flow.py", argv, environment())
+        else:
+            result = run(published, tmp_path / name, PROJECT / "train_flow.py", *argv)
         assert result.returncode == 0, result.stderr
         lines = read_log(tmp_path / name / "out" / "train_log.jsonl")
         logs[name] = [{key: value for key, value in line.items() if key != "pairs_per_second"} for line in lines]

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from forked_process import ForkedProcess, free_port, run_ranks
+from forked_process import ForkedProcess, free_port, run_ranks, run_script
 
 from flow_training.run_log import read_log
 
@@ -64,9 +64,7 @@ def train(
     argv = flags(output_dir, *switches, **settings)
     if processes > 1:
         return run_ranks(PROJECT / "train_flow.py", argv, environment(), processes)
-    process = ForkedProcess(PROJECT / "train_flow.py", argv, environment(), max_file_bytes)
-    printed, errors = process.communicate(timeout=600)
-    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+    return run_script(PROJECT / "train_flow.py", argv, environment(), max_file_bytes)
 
 
 def start(
