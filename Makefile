@@ -34,9 +34,9 @@ XDIST := --numprocesses 3 --dist loadfile
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu and not browser" $(XDIST) --durations=15
 
-# for the edit loop, a minute and a half to two on two cores: no test that takes a second or starts processes
+# for the edit loop, some 70 seconds on two cores: no test that takes a second or starts a training
 test-fast: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" $(XDIST)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow and not gpu and not browser" $(XDIST) --numprocesses 2
 
 # the page in a real browser: installs Debian's Chromium where there is none and it may; else the tests are skipped
 test-browser: $(INSTALLED)

@@ -30,6 +30,7 @@ def test_prediction_passes_its_arguments_and_exit_code_on(tmp_path, code):
     assert result.stdout.splitlines() == ["7", "predict_flow.py", "two words/", "--output", "flow"]
 
 
+@pytest.mark.slow
 def test_prediction_is_requeued_where_the_time_limit_stops_it(tmp_path):
     """Slurm signals the shell; the program gets SIGTERM, ends in its own time, and the job is put into the queue."""
     write_command(
