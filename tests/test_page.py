@@ -312,8 +312,8 @@ def test_video(visit, files, tmp_path):
         assert {name: packed.read(name) for name in packed.namelist()} == expected
     predict("--video", files / "clip.mp4", "--output", tmp_path / "flow.mp4", "--max_side", 512)
     save_download(page, "get_colors", tmp_path / "colors.mp4")
-    # x264 does not always write the same bytes for the same images: in 1,800 files of such frames, the mean difference
-    # of a frame was at most 1.6. With 11 updates in the model instead of 12, that of the last frame is 16.
+    # x264 does not always write the same bytes for the same images: in 300 files of the frames above, the mean
+    # difference of a frame was at most 1.6. With 11 updates of the flow instead of 12, that of the last frame is 16.
     shown, expected = (np.float32(list(VideoReader(tmp_path / name))) for name in ("colors.mp4", "flow.mp4"))
     assert shown.shape == expected.shape == (5, HEIGHT, WIDTH, 3)
     assert np.abs(shown - expected).mean((1, 2, 3)).max() < 4
