@@ -107,7 +107,8 @@ def run_ranks(
 ) -> subprocess.CompletedProcess:
     """Run a program in several processes, as `accelerate launch --multi_gpu` does; tests of the launcher start it.
 
-    When one fails, the others are terminated. What they print is joined in the order of their ranks.
+    When one fails, the others are terminated, unless they are of other machines, of which its launcher knows nothing.
+    What they print is joined in the order of their ranks.
 
     Args:
         script: The program.
@@ -127,7 +128,8 @@ def run_ranks(
         processes.append(ForkedProcess(script, arguments, variables | dict(environment)))
     deadline = time.monotonic() + timeout
     while any(process.returncode is None for process in processes):
-        if any(process.returncode for process in processes) or time.monotonic() > deadline:
+        failed_here = not machines and any(process.returncode for process in processes)
+        if failed_here or time.monotonic() > deadline:
             for process in processes:
                 process.terminate() if process.returncode is None else None
             break
