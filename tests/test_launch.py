@@ -9,6 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from forked_process import free_port, run_ranks
 from safetensors.torch import load_file
 from test_modeling_raft import tiny_config
@@ -162,6 +163,10 @@ def test_files_leave_no_option_to_a_guess(path, caplog, monkeypatch):
     arguments, _, _ = _validate_launch_command(arguments)
     assert not [record for record in caplog.records if "defaults used instead" in record.message]
     assert arguments.multi_gpu == path.stem.startswith(("gpus", "machines"))
+    variables = (
+        prepare_multi_gpu_env(arguments) if arguments.multi_gpu else prepare_simple_launcher_cmd_env(arguments)[1]
+    )
+    assert variables["ACCELERATE_MIXED_PRECISION"] == ("no" if path.stem == "cpu" else path.stem.rpartition("_")[2])
     if path.stem.startswith("machines"):
         for name in ("main_process_ip", "main_process_port", "machine_rank", "num_machines"):
             assert getattr(arguments, name) is not None
@@ -183,7 +188,7 @@ def test_one_machine(config, options, one_process, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_on_several_processes(one_process, tmp_path):
-    """The precision comes from the launcher."""
+    """The launcher passes the precision of its file on as an environment variable."""
     launched = environment() | {"ACCELERATE_MIXED_PRECISION": "bf16"}
     result = run_ranks(PROJECT / "train_flow.py", flags(tmp_path / "run", **SETTINGS), launched, 2)
     assert result.returncode == 0, result.stderr
